@@ -1,0 +1,170 @@
+"""What is edited, seen as particles: frames or views with latents of their own, or crops of one canvas."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NoiseMode = Literal["independent", "shared", "canvas"]
+"""A noise for each particle, one for all particles, or crops of one noise map of the whole canvas."""
+
+
+class Particles(Protocol):
+    """A set of images that are edited together."""
+
+    def __len__(self) -> int: ...
+
+    def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+        """Latents x_0 of some particles, fp32, differentiable with respect to `parameters()`."""
+        ...
+
+    def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+        """Latents of the same particles before any edit, detached."""
+        ...
+
+    def condition(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+        """The same particles before any edit, as the prior wants its source image."""
+        ...
+
+    def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+        """Standard normal noise for these particles; `generator` lives on the CPU so that devices agree."""
+        ...
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
+
+def _standard_normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator).to(like.device)
+
+
+class LatentStack:
+    """Particles with a latent of their own: the frames of a video, the views of a scene.
+
+    Args:
+        source: latents of the unedited images.
+        condition: what the prior takes as source images (`Prior.condition`).
+        start: latents to start from; default: `source`.
+    """
+
+    def __init__(
+        self,
+        source: Float[Tensor, "n c h w"],
+        condition: Float[Tensor, "n c h w"],
+        start: Float[Tensor, "n c h w"] | None = None,
+    ) -> None:
+        self._source = source.detach().float()
+        self._condition = condition.detach()
+        # Master latents stay fp32 whatever the model computes in: fp16 loses updates below 1e-3.
+        self.latents = nn.Parameter((source if start is None else start).detach().float().clone())
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+        return self.latents[list(indices)]
+
+    def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+        return self._source[list(indices)]
+
+    def condition(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+        return self._condition[list(indices)]
+
+    def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+        shape = self.latents.shape[1:]
+        if mode == "independent":
+            return _standard_normal((len(indices), *shape), generator, self.latents)
+        if mode == "shared":
+            return _standard_normal((1, *shape), generator, self.latents).expand(len(indices), *shape)
+        raise ValueError("noise 'canvas' needs crops of one canvas (a panorama); use 'independent' or 'shared'.")
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return [self.latents]
+
+
+class _DivideGradient(torch.autograd.Function):
+    """Identity whose gradient is divided by a constant."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, divisor: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(divisor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (divisor,) = ctx.saved_tensors
+        return grad / divisor, None
+
+
+def window_positions(size: int, window: int, stride: int) -> list[int]:
+    """Left edges of windows that cover 0..size: every `stride` cells, and one flush with the end.
+
+    Example:
+        >>> window_positions(10, 4, 4)
+        [0, 4, 6]
+    """
+    last = size - window
+    if last < 0:
+        raise ValueError(f"window of {window} cells does not fit in {size} cells; pad the canvas first.")
+    return [*range(0, last, stride), last]
+
+
+class CanvasCrops:
+    """Particles that are overlapping windows of one canvas of latents: the crops of a panorama.
+
+    Every cell is covered whatever the stride. The gradient of a cell is divided by the number of rendered crops that
+    cover it, so that overlap does not lengthen its step.
+
+    Args:
+        source: latents of the whole unedited image.
+        condition: the whole unedited image as the prior wants it.
+        window: side of a square crop, in cells.
+        stride: distance between crops, in cells, at most `window`.
+
+    Raises:
+        ValueError: if the window does not fit or the stride would leave cells uncovered.
+    """
+
+    def __init__(
+        self, source: Float[Tensor, "1 c h w"], condition: Float[Tensor, "1 c h w"], window: int, stride: int
+    ) -> None:
+        if not 1 <= stride <= window:
+            raise ValueError(f"stride must be from 1 to the window of {window} cells, got {stride}.")
+        self.window = window
+        self._source = source.detach().float()
+        self._condition = condition.detach()
+        self.canvas = nn.Parameter(self._source.clone())
+        height, width = source.shape[-2:]
+        self.corners = [
+            (y, x) for y in window_positions(height, window, stride) for x in window_positions(width, window, stride)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def _crops(self, canvas: Tensor, indices: Sequence[int]) -> Tensor:
+        corners = (self.corners[i] for i in indices)
+        return torch.cat([canvas[..., y : y + self.window, x : x + self.window] for y, x in corners])
+
+    def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+        coverage = torch.zeros_like(self._source[:, :1])
+        for y, x in (self.corners[i] for i in indices):
+            coverage[..., y : y + self.window, x : x + self.window] += 1
+        averaged = _DivideGradient.apply(self.canvas, coverage.clamp(min=1))
+        return self._crops(averaged, indices)  # type: ignore[arg-type]
+
+    def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+        return self._crops(self._source, indices)
+
+    def condition(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
+        return self._crops(self._condition, indices)
+
+    def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+        if mode == "canvas":
+            return self._crops(_standard_normal(self.canvas.shape, generator, self.canvas), indices)
+        shape = (1 if mode == "shared" else len(indices), self.canvas.shape[1], self.window, self.window)
+        return _standard_normal(shape, generator, self.canvas).expand(len(indices), -1, -1, -1)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return [self.canvas]

@@ -1,0 +1,92 @@
+"""Diffusion priors: what a prior must offer, and how one is chosen by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from csd_2d.csd import Branch
+
+DEFAULT_MODEL = "timbrooks/instruct-pix2pix"
+
+
+class Prior(Protocol):
+    """An image-conditioned diffusion model as CSD needs it.
+
+    It hides the parametrisation, the batch size its network is run at, and where its weights live. Latents go in and
+    come out in fp32; images are RGB in [0, 1].
+    """
+
+    window: int
+    """Side of the square of latent cells the model works best at."""
+    cell: int
+    """Pixels per latent cell along one side."""
+    num_timesteps: int
+    """Length of the noise schedule; timesteps are 0 .. num_timesteps - 1."""
+    guidance_scale: float
+    """Default text guidance scale (omega_y)."""
+    image_guidance_scale: float
+    """Default image guidance scale (omega_s)."""
+    device: torch.device
+
+    def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
+        """Latents x_0 of images; H and W are multiples of `cell`."""
+        ...
+
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        """Images of latents, clamped to [0, 1]."""
+        ...
+
+    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
+        """Images as the model takes them for its source."""
+        ...
+
+    def encode_text(self, prompt: str) -> object:
+        """The instruction in the form `noise_estimate` takes. ValueError if the prior cannot follow it."""
+        ...
+
+    def alpha_sigma(self, timestep: int) -> tuple[float, float]:
+        """alpha and sigma of x_t = alpha x_0 + sigma noise."""
+        ...
+
+    def noise_estimate(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        timestep: int,
+        condition: Float[Tensor, "b c h w"],
+        text: object,
+        branches: Sequence[Branch],
+    ) -> Float[Tensor, "b c h w"]:
+        """The model's estimate of the noise in x_t; `branches` says for each row which conditions it sees."""
+        ...
+
+
+def load_prior(name: str, device: str | torch.device = "cpu", **options: object) -> Prior:
+    """The prior a user names.
+
+    Args:
+        name: `analytic`, a folder with a diffusers InstructPix2Pix pipeline, or a hub id such as
+            `timbrooks/instruct-pix2pix`.
+        options: further arguments of `InstructPix2PixPrior.from_pretrained`; the analytic prior takes none.
+
+    Raises:
+        ValueError: if `name` is neither.
+        OSError: if a model cannot be read or downloaded.
+    """
+    if name == "analytic":
+        from csd_2d.priors.analytic import AnalyticPrior
+
+        return AnalyticPrior(device=device)
+    if name == "ip2p":
+        name = DEFAULT_MODEL
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise ValueError(
+            f"unknown prior '{name}'; expected 'analytic', 'ip2p' ({DEFAULT_MODEL}), a folder with a diffusers "
+            "InstructPix2Pix pipeline, or a hub id like 'owner/model'."
+        )
+    from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
+
+    return InstructPix2PixPrior.from_pretrained(name, device=device, **options)  # type: ignore[arg-type]
