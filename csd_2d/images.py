@@ -1,0 +1,131 @@
+"""Image files, padding, and the edit of a set of images: what video and 3D scenes share."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from csd_2d.edit import EditConfig, StepInfo, edit
+from csd_2d.particles import LatentStack
+from csd_2d.priors import Prior
+
+SMALLEST = 8
+"""Shortest side, in pixels, of an image that can be edited."""
+
+
+def to_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
+    """RGB in [0, 1]; transparency is put on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def to_array(image: Float[Tensor, "3 H W"]) -> np.ndarray:
+    """uint8 (H, W, 3), rounded to nearest."""
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def read_image(path: Path) -> Float[Tensor, "3 H W"]:
+    """An image file as RGB in [0, 1].
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no image, is cut short, or a side is under 8 px.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such image: {path}.")
+    try:
+        with Image.open(path) as image:
+            tensor = to_tensor(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}).") from error
+    if min(tensor.shape[-2:]) < SMALLEST:
+        raise ValueError(
+            f"{path} is {tensor.shape[-1]}x{tensor.shape[-2]} px; both sides must be at least {SMALLEST} px."
+        )
+    return tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when the block ends without an error.
+
+    So that a reader never meets a half-written file, and an error leaves what was there before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)
+
+
+def write_image(image: Float[Tensor, "3 H W"], path: Path) -> None:
+    """Writes RGB in [0, 1] in the format the name ends in."""
+    with replacing(path) as temporary:
+        Image.fromarray(to_array(image)).save(temporary)
+
+
+def pad(images: Float[Tensor, "n c h w"], height: int, width: int) -> Float[Tensor, "n c height width"]:
+    """Mirrors the bottom and right border outwards, as often as needed, up to the given size."""
+    bottom, right = height - images.shape[-2], width - images.shape[-1]
+    rows = np.pad(np.arange(images.shape[-2]), (0, bottom), mode="symmetric")
+    columns = np.pad(np.arange(images.shape[-1]), (0, right), mode="symmetric")
+    return images[..., torch.from_numpy(rows), :][..., torch.from_numpy(columns)]
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Smallest multiple that is not under `size`."""
+    return -(-size // multiple) * multiple
+
+
+def edit_images(
+    images: Sequence[Float[Tensor, "3 _ _"]],
+    prior: Prior,
+    prompt: str,
+    config: EditConfig | None = None,
+    start: Sequence[Float[Tensor, "3 _ _"]] | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
+    progress: str | None = None,
+) -> list[Float[Tensor, "3 _ _"]]:
+    """Edits a set of images together: each is one particle.
+
+    Sizes may differ; all are padded to the largest, never squeezed, and cropped again. Encoding and decoding take one
+    image at a time.
+
+    Args:
+        images: the sources, RGB in [0, 1].
+        start: images to start from, of the same sizes (a scene's present renders); default: the sources.
+        config, on_step, progress: see `csd_2d.edit.edit`.
+
+    Returns:
+        The edited images on the CPU, in the sources' sizes.
+
+    Raises:
+        ValueError: if there are no images, or as `edit` raises.
+    """
+    if not images:
+        raise ValueError("there are no images to edit.")
+    height, width = (round_up(max(image.shape[axis] for image in images), prior.cell) for axis in (-2, -1))
+
+    def encoded(encode: Callable[[Tensor], Tensor], sources: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([encode(pad(image[None], height, width).to(prior.device)) for image in sources])
+
+    source = encoded(prior.encode, images)
+    particles = LatentStack(
+        source,
+        condition=encoded(prior.condition, images),
+        start=source if start is None else encoded(prior.encode, start),
+    )
+    edit(particles, prior, prompt, config, on_step, progress)
+    with torch.no_grad():
+        decoded = [prior.decode(latent[None])[0].cpu() for latent in particles.latents.detach()]
+    return [out[:, : image.shape[-2], : image.shape[-1]] for out, image in zip(decoded, images, strict=True)]
