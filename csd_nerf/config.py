@@ -1,1 +1,146 @@
-"""Placeholder."""
+"""The methods ns-train knows from this package. Every ns-* command imports this module: it stays light."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
+from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
+from nerfstudio.plugins.types import MethodSpecification
+from nerfstudio.utils.external import TCNN_EXISTS
+
+from csd_2d.edit import EditConfig
+from csd_nerf.model import SceneModelConfig
+from csd_nerf.pipeline import CsdEditPipelineConfig
+from csd_nerf.trainer import EditTrainerConfig, SceneTrainerConfig
+
+
+def _allow_numpy_scalars() -> None:
+    """Lets torch >= 2.6 load nerfstudio's checkpoints (nerfstudio issue #3683) with `weights_only` on.
+
+    Optimiser and scheduler states hold numpy scalars, which torch does not trust by itself. The second name of
+    `scalar` is the one numpy 1 writes.
+    """
+    scalar: Any = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    torch.serialization.add_safe_globals(
+        [
+            np.dtype,
+            type(np.dtype("float64")),
+            (scalar, "numpy._core.multiarray.scalar"),
+            (scalar, "numpy.core.multiarray.scalar"),
+        ]
+    )
+
+
+_allow_numpy_scalars()
+
+_HAS_GPU = torch.cuda.is_available()
+
+
+def _optimizers(lr: float, lr_final: float, steps: int) -> dict[str, Any]:
+    return {
+        group: {
+            "optimizer": AdamOptimizerConfig(lr=lr, eps=1e-15),
+            "scheduler": ExponentialDecaySchedulerConfig(lr_final=lr_final, max_steps=steps),
+        }
+        for group in ("proposal_networks", "fields")
+    }
+
+
+def _data(rays: int) -> VanillaDataManagerConfig:
+    return VanillaDataManagerConfig(
+        dataparser=NerfstudioDataParserConfig(), train_num_rays_per_batch=rays, eval_num_rays_per_batch=rays
+    )
+
+
+def _tiny_model(**options: Any) -> SceneModelConfig:
+    """Nerfacto that renders 4,096 rays in 0.2 s on one thread: hash encoding dominates, hence few levels."""
+    return SceneModelConfig(
+        num_levels=2,
+        features_per_level=8,
+        base_res=24,
+        max_res=64,
+        log2_hashmap_size=16,
+        hidden_dim=16,
+        hidden_dim_color=16,
+        num_proposal_iterations=1,
+        num_proposal_samples_per_ray=(24,),
+        num_nerf_samples_per_ray=12,
+        proposal_net_args_list=[
+            {"hidden_dim": 16, "log2_hashmap_size": 15, "num_levels": 2, "max_res": 64, "use_linear": False}
+        ],
+        average_init_density=0.01,
+        implementation="torch",
+        use_appearance_embedding=False,
+        camera_optimizer=CameraOptimizerConfig(mode="off"),
+        **options,
+    )
+
+
+def _viewer(quit_when_done: bool) -> ViewerConfig:
+    return ViewerConfig(websocket_host="127.0.0.1", quit_on_train_completion=quit_when_done)
+
+
+csd_scene_tiny = MethodSpecification(
+    SceneTrainerConfig(
+        method_name="csd-scene-tiny",
+        steps_per_save=500,
+        max_num_iterations=1000,
+        machine=MachineConfig(device_type="cpu"),
+        pipeline=VanillaPipelineConfig(datamanager=_data(rays=1024), model=_tiny_model()),
+        optimizers=_optimizers(lr=2e-2, lr_final=2e-3, steps=1000),
+        viewer=_viewer(quit_when_done=True),
+        vis="viewer",
+    ),
+    description="Small nerfacto that trains on a CPU in a minute or two, offline: a scene for csd-edit-tiny.",
+)
+
+csd_edit_tiny = MethodSpecification(
+    EditTrainerConfig(
+        method_name="csd-edit-tiny",
+        steps_per_save=500,
+        max_num_iterations=900,
+        machine=MachineConfig(device_type="cpu"),
+        pipeline=CsdEditPipelineConfig(
+            datamanager=_data(rays=1024),
+            model=_tiny_model(use_proposal_weight_anneal=False),
+            prior="analytic",
+            edit=EditConfig(),
+            steps_per_round=150,
+        ),
+        optimizers=_optimizers(lr=1e-2, lr_final=2e-3, steps=900),
+        viewer=_viewer(quit_when_done=True),
+        vis="viewer",
+    ),
+    description="Edits a scene of csd-scene-tiny on a CPU, offline, by one of the instructions that need no weights.",
+)
+
+csd_edit = MethodSpecification(
+    EditTrainerConfig(
+        method_name="csd-edit",
+        steps_per_save=2000,
+        max_num_iterations=30000,
+        mixed_precision=True,
+        machine=MachineConfig(device_type="cuda" if _HAS_GPU else "cpu"),
+        pipeline=CsdEditPipelineConfig(
+            datamanager=_data(rays=4096),
+            model=SceneModelConfig(
+                eval_num_rays_per_chunk=1 << 15,
+                average_init_density=0.01,
+                implementation="tcnn" if TCNN_EXISTS and _HAS_GPU else "torch",
+                camera_optimizer=CameraOptimizerConfig(mode="off"),
+                # At step 0 the anneal would flatten the proposal weights of a trained scene.
+                use_proposal_weight_anneal=False,
+            ),
+        ),
+        optimizers=_optimizers(lr=1e-2, lr_final=1e-3, steps=30000),
+        viewer=_viewer(quit_when_done=False),
+        vis="viewer",
+    ),
+    description="Edits a nerfacto scene by one sentence: all views together, with Collaborative Score Distillation.",
+)

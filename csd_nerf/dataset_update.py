@@ -1,0 +1,77 @@
+"""Mode *dataset update*: in rounds, some training images are replaced by joint edits of what the scene shows."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from csd_2d.edit import EditConfig, batches
+from csd_2d.images import edit_images, write_image
+from csd_2d.priors import Prior
+from csd_nerf.scene import TrainingViews
+
+
+class DatasetUpdate:
+    """Draws views, renders them, edits them together and puts the result in place of their training images.
+
+    Every view gets its turn before any is drawn again. The source of an edit is always the original image, its start is
+    the present render (arXiv 2307.04787, D.3).
+
+    Args:
+        load_prior: called at the first round, so that rendering a scene never loads a diffusion model.
+        views_per_round: 0 takes all views.
+        rounds: how many there will be, for the progress report.
+        folder: where edited images are written, one PNG a view.
+        seed: of the draw and of each round's edit.
+    """
+
+    def __init__(
+        self,
+        views: TrainingViews,
+        load_prior: Callable[[], Prior],
+        prompt: str,
+        edit: EditConfig,
+        views_per_round: int,
+        rounds: int,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self._views = views
+        self._load_prior = load_prior
+        self._prior: Prior | None = None
+        self._prompt = prompt
+        self._edit = edit
+        self._drawn = batches(len(views), views_per_round, torch.Generator().manual_seed(seed))
+        self._rounds = rounds
+        self._folder = folder
+        self._seed = seed
+
+    def run_round(self, number: int) -> list[int]:
+        """Edits the next views; returns which.
+
+        Args:
+            number: 0 for the first round.
+
+        Raises:
+            ValueError, OSError, NonFiniteError: as `load_prior` and `edit_images` raise.
+        """
+        if self._prior is None:
+            self._prior = self._load_prior()
+        drawn = next(self._drawn)
+        label = f"round {number + 1} of {self._rounds}"
+        CONSOLE.print(f"{label}: {len(drawn)} views")
+        edited = edit_images(
+            [self._views.original(index) for index in drawn],
+            self._prior,
+            self._prompt,
+            dataclasses.replace(self._edit, seed=self._seed * 10_000 + number),
+            start=[self._views.render(index) for index in drawn],
+            progress=label,
+        )
+        for index, image in zip(drawn, edited, strict=True):
+            self._views.supervise(index, image)
+            # Two folders of a data set may hold files of the same name.
+            write_image(image, self._folder / f"{index:04d}_{self._views.filename(index).stem}.png")
+        return drawn

@@ -1,0 +1,73 @@
+"""Nerfacto that is built without a download."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torchvision
+from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
+from torch import Tensor, nn
+
+
+@dataclass
+class SceneModelConfig(NerfactoModelConfig):
+    """Nerfacto, with LPIPS as an option."""
+
+    _target: type = field(default_factory=lambda: SceneModel)
+    download_lpips: bool = False
+    """Download AlexNet's weights (about 240 MB) so that LPIPS is reported, where neither torch's cache nor the
+    checkpoint has them."""
+
+
+class SceneModel(NerfactoModel):
+    """Nerfacto whose parameters have stock names and shapes, so that stock checkpoints load and ours load in stock.
+
+    Stock nerfacto downloads AlexNet whenever it is built, to be able to report LPIPS. Here AlexNet stays zero unless
+    torch's cache or a checkpoint has its weights, and a metric of zero weights is not reported.
+    """
+
+    config: SceneModelConfig  # type: ignore[assignment]
+
+    def populate_modules(self) -> None:
+        with nullcontext() if self.config.download_lpips or _alexnet_is_cached() else _blank_alexnet():
+            super().populate_modules()
+
+    @property
+    def has_lpips(self) -> bool:
+        """AlexNet holds weights."""
+        return any(bool(p.any()) for p in self.lpips.net.net.parameters())  # type: ignore[union-attr]
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        metrics, images = super().get_image_metrics_and_images(outputs, batch)
+        if not self.has_lpips:
+            del metrics["lpips"]
+        return metrics, images
+
+
+def _alexnet_is_cached() -> bool:
+    name = torchvision.models.AlexNet_Weights.DEFAULT.url.rpartition("/")[2]
+    return (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
+
+
+@contextmanager
+def _blank_alexnet() -> Iterator[None]:
+    """Within the block torchvision builds AlexNet's features full of zeros, whatever weights are asked for."""
+    build: Callable[..., torchvision.models.AlexNet] = torchvision.models.alexnet
+
+    def blank(**_: object) -> torchvision.models.AlexNet:
+        with torch.device("meta"):  # its classifier has 58 million parameters that nobody reads
+            net = build(weights=None)
+        net.features.to_empty(device="cpu")
+        for parameter in net.features.parameters():
+            nn.init.zeros_(parameter)
+        return net
+
+    torchvision.models.alexnet = blank
+    try:
+        yield
+    finally:
+        torchvision.models.alexnet = build

@@ -1,0 +1,97 @@
+"""The nerfstudio pipeline that edits its scene while it trains."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from torch.nn import Parameter
+
+from csd_2d.edit import EditConfig
+from csd_2d.priors import Prior, load_prior
+from csd_nerf.dataset_update import DatasetUpdate
+from csd_nerf.scene import TrainingViews
+from csd_nerf.source_run import check_fits
+
+
+@dataclass
+class CsdEditPipelineConfig(VanillaPipelineConfig):
+    """Settings of the edit of a scene."""
+
+    _target: type = field(default_factory=lambda: CsdEditPipeline)
+    prompt: str = ""
+    """The instruction, e.g. "make it night"."""
+    prior: str = "ip2p"
+    """Diffusion model: 'ip2p' (timbrooks/instruct-pix2pix), another hub id, a local folder with a diffusers
+    InstructPix2Pix pipeline, or 'analytic' (no weights, a list of known instructions)."""
+    edit: EditConfig = field(default_factory=EditConfig)
+    """The joint edit of one round's views."""
+    views_per_round: int = 16
+    """Training views edited together in one round (paper: 16); 0 takes all of them."""
+    steps_per_round: int = 2000
+    """NeRF steps from one round to the next (paper: 2000)."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("views_per_round", 0), ("steps_per_round", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
+
+
+class CsdEditPipeline(VanillaPipeline):
+    """Nerfacto under edit.
+
+    Poses and appearance embeddings stay as the checkpoint has them: an edit must not be explained by either. What needs
+    the diffusion model lives in the training callbacks, not in this module: checkpoints and the viewer take in every
+    submodule, and rendering and evaluation build this class, too.
+    """
+
+    config: CsdEditPipelineConfig
+
+    def __init__(self, config: CsdEditPipelineConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.model.camera_optimizer.requires_grad_(False)
+        if self.model.field.embedding_appearance is not None:
+            self.model.field.embedding_appearance.requires_grad_(False)
+
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        groups = super().get_param_groups()
+        return {name: parameters for name, parameters in groups.items() if name != "camera_opt"}
+
+    def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
+        """Loads a checkpoint's tensors.
+
+        Raises:
+            ValueError: if they do not fit the model.
+        """
+        check_fits(loaded_state, self.state_dict())
+        super().load_pipeline(loaded_state, step)
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        callbacks = super().get_training_callbacks(training_callback_attributes)
+        trainer, config = training_callback_attributes.trainer, self.config
+        assert trainer is not None
+
+        def prior() -> Prior:
+            return load_prior(config.prior, device=self.device)
+
+        update = DatasetUpdate(
+            TrainingViews(self),
+            prior,
+            config.prompt,
+            config.edit,
+            config.views_per_round,
+            rounds=-(-trainer.config.max_num_iterations // config.steps_per_round),
+            folder=trainer.base_dir / "edited",
+            seed=trainer.config.machine.seed + config.edit.seed,
+        )
+
+        def run_round(step: int) -> None:
+            update.run_round(step // config.steps_per_round)
+
+        # Not within the training step: that runs under autocast.
+        before = TrainingCallback(
+            [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], run_round, update_every_num_iters=config.steps_per_round
+        )
+        return [*callbacks, before]

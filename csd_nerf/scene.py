@@ -1,0 +1,63 @@
+"""The training views of a scene as images: rendered, original, and as what they supervise."""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
+from nerfstudio.models.nerfacto import NerfactoModel
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline
+from torch import Tensor
+
+
+class TrainingViews:
+    """The training views of a nerfacto pipeline. All images are RGB in [0, 1] on the CPU, and may differ in size.
+
+    Raises:
+        ValueError: if the data manager does not hold all training images in memory.
+    """
+
+    def __init__(self, pipeline: VanillaPipeline) -> None:
+        datamanager = pipeline.datamanager
+        loader = getattr(datamanager, "train_image_dataloader", None)
+        if not isinstance(datamanager, VanillaDataManager) or loader is None or not loader.cache_all_images:
+            raise ValueError(
+                "editing needs all training images in memory; leave "
+                "--pipeline.datamanager.train-num-images-to-sample-from at -1."
+            )
+        self._model: NerfactoModel = pipeline.model
+        self._dataset = datamanager.train_dataset
+        self._cameras = datamanager.train_ray_generator.cameras
+        # One tensor, or a list where sizes differ; `row[i]` is the place of view i in it.
+        self._supervision: Tensor | list[Tensor] = loader.cached_collated_batch["image"]
+        self._row = {int(view): row for row, view in enumerate(loader.cached_collated_batch["image_idx"])}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def filename(self, index: int) -> Path:
+        """Image file of a view."""
+        return self._dataset.image_filenames[index]
+
+    def original(self, index: int) -> Float[Tensor, "3 H W"]:
+        """The image as it was before any edit; transparency is put on the background the model renders."""
+        image = self._dataset[index]["image"]
+        return self._model.renderer_rgb.blend_background(image).permute(2, 0, 1)
+
+    @torch.no_grad()
+    def render(self, index: int) -> Float[Tensor, "3 H W"]:
+        """What the model shows at present, from the pose the view was trained at, in eval mode and in chunks."""
+        was_training = self._model.training
+        self._model.eval()
+        rays = self._cameras.generate_rays(camera_indices=index, keep_shape=True)
+        # The model applies a tuned pose in train mode only.
+        correction = self._model.camera_optimizer(torch.tensor([index]))[0].to(rays.origins)
+        rays.origins = rays.origins + correction[:, 3]
+        rays.directions = rays.directions @ correction[:, :3].T
+        rgb = self._model.get_outputs_for_camera_ray_bundle(rays)["rgb"]
+        self._model.train(was_training)
+        return rgb.clamp(0, 1).permute(2, 0, 1).float().cpu()
+
+    def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
+        """Puts an image in place of the one the view is trained on. Alpha stays."""
+        self._supervision[self._row[index]][..., :3] = image.permute(1, 2, 0)

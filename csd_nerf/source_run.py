@@ -1,0 +1,208 @@
+"""What a pretrained run left behind: its config, read without executing it, and its checkpoint."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import yaml
+from nerfstudio.configs.dataparser_configs import all_dataparsers
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.utils.external import TCNN_EXISTS
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SourceRun:
+    """A run of nerfacto or of one of our methods."""
+
+    model: dict[str, Any]
+    """Fields of its model's config."""
+    dataparser: DataParserConfig
+    data: Path
+    """What it was trained on."""
+    checkpoints: Path
+    """Folder with its checkpoints."""
+
+
+class _Object(dict):
+    """Fields of a Python object in a config, and the object's class."""
+
+    def __init__(self, name: str, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.name = name
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads Python objects as their fields.
+
+    nerfstudio itself reads a config with `yaml.Loader`, which calls whatever the file names: a run from a stranger
+    could do anything, and a run of a method that is not installed could not be read at all.
+    """
+
+    def construct_python(self, suffix: str, node: yaml.Node) -> Any:
+        kind, _, name = suffix.partition(":")
+        if isinstance(node, yaml.MappingNode):
+            return _Object(name, self.construct_mapping(node, deep=True))
+        if isinstance(node, yaml.SequenceNode):
+            values = self.construct_sequence(node, deep=True)
+            if name.endswith("Path"):
+                return Path(*values)
+            return tuple(values) if kind == "tuple" else values
+        return name
+
+
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _PlainLoader.construct_python)
+
+
+def read_run(path: Path) -> SourceRun:
+    """Reads RUN/config.yml, or the config of the folder RUN.
+
+    Raises:
+        FileNotFoundError: if there is no such config.
+        ValueError: if it is no run of nerfacto, or its data parser is not known here.
+    """
+    config_path = path / "config.yml" if path.is_dir() else path
+    if not config_path.is_file():
+        raise FileNotFoundError(f"no run at --load-run {path}; expected the config.yml that ns-train nerfacto wrote.")
+    try:
+        config = yaml.load(config_path.read_text(encoding="utf8"), Loader=_PlainLoader)
+        pipeline = config["pipeline"]
+        model, datamanager = pipeline["model"], pipeline["datamanager"]
+        dataparser, checkpoints = datamanager["dataparser"], config_path.parent / config["relative_model_dir"]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"--load-run {config_path} is not the config of a nerfstudio run.") from error
+    if "proposal_net_args_list" not in model or "num_nerf_samples_per_ray" not in model:
+        raise ValueError(
+            f"--load-run {config_path} is a run of '{config.get('method_name')}'; expected nerfacto or csd-scene-tiny."
+        )
+    data = datamanager.get("data") or dataparser.get("data")
+    return SourceRun(dict(model), _dataparser(dataparser, config_path), Path(data), checkpoints)
+
+
+def _dataparser(values: _Object, config_path: Path) -> DataParserConfig:
+    known = {f"{type(c).__module__}.{type(c).__qualname__}": type(c) for c in all_dataparsers.values()}
+    if values.name not in known:
+        raise ValueError(f"the data of --load-run {config_path} are read by {values.name}, which is not installed.")
+    cls = known[values.name]
+    names = {f.name for f in dataclasses.fields(cls)} - {"_target"}
+    return cls(**{name: value for name, value in values.items() if name in names})
+
+
+def find_checkpoint(folder: Path, step: int | None = None) -> Path:
+    """The checkpoint of a step, or the latest one, in a folder `nerfstudio_models`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if step is not None:
+        path = folder / f"step-{step:09d}.ckpt"
+        if path.is_file():
+            return path
+    elif paths := sorted(folder.glob("step-*.ckpt")):
+        return paths[-1]
+    raise FileNotFoundError(
+        f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}; expected a file like "
+        "step-000029999.ckpt, which ns-train writes into RUN/nerfstudio_models."
+    )
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Tensor]:
+    """Tensors of the pipeline in a checkpoint, without the prefixes that distributed training adds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is cut short or not a nerfstudio checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}.")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        pipeline = loaded["pipeline"]
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as a nerfstudio checkpoint.") from error
+    return {
+        key.removeprefix("module.").replace("_model.module.", "_model.", 1): value for key, value in pipeline.items()
+    }
+
+
+def implementation(state: dict[str, Tensor], path: Path) -> str:
+    """Whether tinycudann or torch wrote a nerfacto checkpoint.
+
+    Raises:
+        ValueError: if it is no checkpoint of nerfacto, or tinycudann is needed and cannot run here.
+    """
+    if any(key.endswith("hash_table") for key in state):
+        return "torch"
+    if not any(key.endswith("tcnn_encoding.params") for key in state):
+        raise ValueError(f"{path} is the checkpoint of another method; expected one of nerfacto or csd-scene-tiny.")
+    if not (TCNN_EXISTS and torch.cuda.is_available()):
+        raise ValueError(
+            f"{path} was trained with tinycudann, which cannot run here (it needs the package tinycudann and a GPU); "
+            "install it, or train the scene with --pipeline.model.implementation torch."
+        )
+    return "tcnn"
+
+
+_OPTIONAL = ("_model.lpips.", "_model.camera_optimizer.")
+"""May be absent on either side: LPIPS is a metric, and the poses are not tuned by every run."""
+
+
+def check_fits(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> None:
+    """Compares a checkpoint's tensors with those of the pipeline it is meant for.
+
+    nerfstudio's own `load_state_dict` falls back to loading what fits and leaves the rest random.
+
+    Raises:
+        ValueError: if a tensor is missing, unknown or of another shape.
+    """
+    theirs, ours = (
+        {key: tuple(value.shape) for key, value in tensors.items() if key.startswith("_model.")}
+        for tensors in (state, model_state)
+    )
+    embedding = "_model.field.embedding_appearance.embedding.weight"
+    if embedding in theirs and embedding in ours and theirs[embedding][0] != ours[embedding][0]:
+        raise ValueError(
+            f"the checkpoint was trained on {theirs[embedding][0]} images, but --data has {ours[embedding][0]} training "
+            "images; give the data the scene was trained on."
+        )
+    differing = sorted(
+        key.removeprefix("_model.")
+        for key in theirs.keys() | ours.keys()
+        if theirs.get(key) != ours.get(key) and not key.startswith(_OPTIONAL)
+    )
+    if differing:
+        shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+        raise ValueError(
+            f"the checkpoint does not fit the model ({shown}): it is of another method or of other sizes; "
+            "give --load-run RUN/config.yml, which takes over the run's sizes, instead of --load-dir."
+        )
+
+
+def check_data(data: Path | None, dataparser: DataParserConfig) -> None:
+    """Finds what is wrong with the data before a run's folder is made.
+
+    Raises:
+        FileNotFoundError: if the data or their transforms.json are missing.
+        ValueError: if none are given, or transforms.json is corrupt or names no image.
+    """
+    path = data if data is not None else dataparser.data
+    if path == Path():
+        raise ValueError("no data; set --data to a folder with images and a transforms.json.")
+    if not path.exists():
+        raise FileNotFoundError(f"no data at {path}; set --data.")
+    if not isinstance(dataparser, NerfstudioDataParserConfig):
+        return
+    transforms = path if path.suffix == ".json" else path / "transforms.json"
+    if not transforms.is_file():
+        raise FileNotFoundError(f"{path} holds no transforms.json; set --data to a folder that ns-process-data wrote.")
+    try:
+        frames = json.loads(transforms.read_text(encoding="utf8"))["frames"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{transforms} cannot be read as a nerfstudio scene ({error!r}).") from error
+    if not frames:
+        raise ValueError(f"{transforms} names no images.")

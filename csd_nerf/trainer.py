@@ -1,0 +1,163 @@
+"""Training from the command line: what a run takes over from a pretrained one, and errors in one sentence."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.models.nerfacto import NerfactoModelConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from csd_2d.edit import NonFiniteError
+from csd_nerf.pipeline import CsdEditPipelineConfig
+from csd_nerf.source_run import check_data, find_checkpoint, implementation, read_checkpoint, read_run
+
+
+@contextlib.contextmanager
+def one_sentence(method: str | None) -> Iterator[None]:
+    """Ends the program with the error's message in place of a traceback: ns-train itself catches nothing."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+        raise SystemExit(f"{method}: {error}") from error
+
+
+@dataclass
+class SceneTrainerConfig(TrainerConfig):
+    """Pretrains a scene."""
+
+    _target: type = field(default_factory=lambda: SceneTrainer)
+    # It would replace this config by another run's and then overwrite that run's file.
+    load_config: tyro.conf.Fixed[Path | None] = None
+
+    def set_timestamp(self) -> None:
+        """Prepares the run. The first thing ns-train calls, before anything is written."""
+        with one_sentence(self.method_name):
+            self.prepare()
+        super().set_timestamp()
+
+    def prepare(self) -> None:
+        """Checks what the user gave.
+
+        Raises:
+            ValueError, OSError: if it cannot be used.
+        """
+        check_data(self.pipeline.datamanager.data, self.pipeline.datamanager.dataparser)  # type: ignore[attr-defined]
+
+
+class SceneTrainer(Trainer):
+    """nerfstudio's trainer, whose errors are one sentence. A run that fails before its first checkpoint leaves nothing."""
+
+    config: SceneTrainerConfig  # type: ignore[assignment]
+
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        with self._cleaning(), one_sentence(self.config.method_name):
+            super().setup(test_mode)
+
+    def train(self) -> None:
+        with self._cleaning(), one_sentence(self.config.method_name):
+            super().train()
+
+    @contextlib.contextmanager
+    def _cleaning(self) -> Iterator[None]:
+        try:
+            yield
+        except SystemExit:
+            if not any(self.checkpoint_dir.glob("*.ckpt")):
+                for name in ("config.yml", "dataparser_transforms.json"):
+                    (self.base_dir / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a folder with anything else in it stays
+                    for folder in (self.base_dir, *self.base_dir.parents[:3]):
+                        folder.rmdir()
+            raise
+
+
+@dataclass
+class EditTrainerConfig(SceneTrainerConfig):
+    """Edits a pretrained scene."""
+
+    _target: type = field(default_factory=lambda: EditTrainer)
+    load_run: Path | None = None
+    """Config of the pretrained nerfacto run, RUN/config.yml. Its model's sizes, its data parser and its data are taken
+    over; --data overrides where the data lie. The file is read, not executed."""
+    pipeline: CsdEditPipelineConfig = field(default_factory=CsdEditPipelineConfig)
+    """The edit."""
+
+    def prepare(self) -> None:
+        """Settles on the prompt, the scene and its checkpoint; afterwards `load_checkpoint` names the file.
+
+        Raises:
+            ValueError, OSError: if something is missing or cannot be used.
+        """
+        self._settle_prompt()
+        given = [name for name in ("load_run", "load_dir", "load_checkpoint") if getattr(self, name) is not None]
+        if len(given) != 1:
+            options = " and ".join("--" + name.replace("_", "-") for name in given) or "neither of them"
+            raise ValueError(
+                "there must be one scene to edit: set --load-run RUN/config.yml, or --load-dir RUN/nerfstudio_models; "
+                f"got {options}."
+            )
+        if self.load_run is not None:
+            self.load_dir = self._take_over(self.load_run)
+        if self.load_dir is not None:
+            self.load_checkpoint = find_checkpoint(self.load_dir, self.load_step)
+        # Kept in our config.yml they would send ns-eval and ns-render after the source's step.
+        self.load_dir = self.load_step = None
+        super().prepare()
+
+        assert self.load_checkpoint is not None
+        state = read_checkpoint(self.load_checkpoint, mmap=True)
+        model: NerfactoModelConfig = self.pipeline.model  # type: ignore[assignment]
+        model.implementation = implementation(state, self.load_checkpoint)  # type: ignore[assignment]
+        # The views must be seen from where the scene was learned from. The pipeline keeps the poses as they are.
+        tuned = "_model.camera_optimizer.pose_adjustment" in state
+        if not tuned:
+            model.camera_optimizer = CameraOptimizerConfig(mode="off")
+        elif model.camera_optimizer.mode == "off":
+            model.camera_optimizer = CameraOptimizerConfig(mode="SO3xR3")
+
+    def _settle_prompt(self) -> None:
+        """`--prompt` is nerfstudio's alias of `--pipeline.model.prompt`; all three spellings mean the edit's prompt."""
+        prompts = {p for p in (self.pipeline.prompt, self.prompt, self.pipeline.model.prompt) if p and p.strip()}
+        if not prompts:
+            raise ValueError("prompt is empty; set --pipeline.prompt, e.g. 'make it night'.")
+        if len(prompts) > 1:
+            raise ValueError(f"--prompt and --pipeline.prompt differ ({' / '.join(sorted(prompts))}); give one of them.")
+        self.pipeline.prompt = prompts.pop()
+
+    def _take_over(self, run: Path) -> Path:
+        source = read_run(run)
+        names = {f.name for f in dataclasses.fields(NerfactoModelConfig)} - _KEPT
+        for name in names & source.model.keys():
+            setattr(self.pipeline.model, name, source.model[name])
+        optimizer = source.model.get("camera_optimizer") or {}
+        self.pipeline.model.camera_optimizer = CameraOptimizerConfig(mode=optimizer.get("mode", "off"))  # type: ignore[attr-defined]
+        datamanager = self.pipeline.datamanager
+        data = datamanager.data or source.data
+        if not data.exists():
+            raise FileNotFoundError(f"the data of --load-run {run} are not at {data} any more; set --data.")
+        datamanager.data = data
+        datamanager.dataparser = source.dataparser  # type: ignore[attr-defined]
+        return source.checkpoints
+
+
+_KEPT = frozenset(
+    {"_target", "prompt", "eval_num_rays_per_chunk", "implementation", "camera_optimizer", "use_proposal_weight_anneal"}
+)
+"""Fields of the model that are ours, not the pretrained run's."""
+
+
+class EditTrainer(SceneTrainer):
+    """Starts from a checkpoint's scene and nothing else of it: step 0, fresh optimisers and schedules."""
+
+    config: EditTrainerConfig  # type: ignore[assignment]
+
+    def _load_checkpoint(self) -> None:
+        assert self.config.load_checkpoint is not None
+        self.pipeline.load_pipeline(read_checkpoint(self.config.load_checkpoint), step=0)
+        CONSOLE.print(f"Editing the scene of {self.config.load_checkpoint}")
