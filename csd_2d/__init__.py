@@ -1,13 +1,12 @@
 """Collaborative Score Distillation: edit a set of images together, from one sentence."""
 
 from csd_2d.csd import add_noise, edit_residual, guidance_weights, surrogate_loss, svgd_direction
-from csd_2d.edit import PRESETS, EditConfig, NonFiniteError, StepInfo, edit
+from csd_2d.edit import EditConfig, NonFiniteError, StepInfo, edit, load_preset
 from csd_2d.kernels import Kernel, KernelMatrix, RBFKernel
 from csd_2d.particles import CanvasCrops, LatentStack, Particles
 from csd_2d.priors import Prior, load_prior
 
 __all__ = [
-    "PRESETS",
     "CanvasCrops",
     "EditConfig",
     "Kernel",
@@ -22,6 +21,7 @@ __all__ = [
     "edit",
     "edit_residual",
     "guidance_weights",
+    "load_preset",
     "load_prior",
     "surrogate_loss",
     "svgd_direction",

@@ -24,11 +24,12 @@ def _rgb(image: Tensor, *color: float) -> Tensor:
 
 
 def _night(image: Tensor) -> Tensor:
-    # Day for night: underexposed and blue, while what is brightest stays lit as if by moon or lamps.
+    # Day for night: underexposed and blue, while warm bright surfaces stay lit as if by street lamps.
     muted = torch.lerp(_luma(image), image, 0.5)
-    moonlit = muted.pow(1.5) * _rgb(image, 0.22, 0.30, 0.52) + _rgb(image, 0.01, 0.02, 0.06)
-    lit = ((_luma(image) - 0.85) / 0.15).clamp(0, 1).square()
-    return torch.lerp(moonlit, image * _rgb(image, 0.75, 0.78, 0.85), 0.8 * lit)
+    moonlit = muted.pow(1.35) * _rgb(image, 0.26, 0.34, 0.58) + _rgb(image, 0.01, 0.02, 0.05)
+    warmth = ((image[..., :1, :, :] - image[..., 2:, :, :] - 0.1) / 0.4).clamp(0, 1)
+    lamplit = image * _rgb(image, 0.95, 0.75, 0.45)
+    return torch.lerp(moonlit, lamplit, 0.7 * warmth * _luma(image))
 
 
 def _black_and_white(image: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def _sunset(image: Tensor) -> Tensor:
 
 
 _HUES = {"red": 0, "yellow": 60, "green": 120, "cyan": 180, "blue": 240, "purple": 300}
-_TINT = 0.55
+_TINT = 0.42
 
 
 def _paint(hue: float) -> ImageEdit:
@@ -124,7 +125,7 @@ class AnalyticPrior:
         (1, True)
     """
 
-    window = 128
+    window = 256
     cell = 1
     num_timesteps = 1000
     guidance_scale = 1.0

@@ -1,0 +1,1 @@
+"""Presets: what an edit changes from the defaults, one file per published experiment. See `csd_2d.load_preset`."""
