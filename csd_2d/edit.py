@@ -128,6 +128,12 @@ class StepInfo:
     """Root mean square of the edit residual over the step's particles."""
 
 
+def check_prompt(prompt: str) -> None:
+    """Raises ValueError if the prompt is empty."""
+    if not prompt.strip():
+        raise ValueError("prompt is empty; say what to change, e.g. 'make it night'.")
+
+
 def batches(total: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Random batches without end that draw every particle equally often (to within one): one shuffle after the other."""
     size = min(size or total, total)
@@ -169,8 +175,7 @@ def edit(
         NonFiniteError: if latents become NaN or infinite; names the step.
     """
     config = config or EditConfig()
-    if not prompt.strip():
-        raise ValueError("prompt is empty; say what to change, e.g. 'make it night'.")
+    check_prompt(prompt)
     text = prior.encode_text(prompt)
     scales = (
         prior.guidance_scale if config.guidance_scale is None else config.guidance_scale,

@@ -1,0 +1,189 @@
+"""The `csd` command."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import tyro
+from PIL import Image
+
+from csd_2d.edit import EditConfig, check_prompt, load_preset
+from csd_2d.images import read_image, write_image
+from csd_2d.priors import DEFAULT_MODEL, Prior, load_prior
+
+
+@dataclass
+class PriorOptions:
+    """Which diffusion model edits, and how it is run."""
+
+    prior: str | None = None
+    """`analytic` (no weights, a fixed list of instructions), `ip2p` (InstructPix2Pix from the hub), a folder with a
+    diffusers InstructPix2Pix pipeline, or a hub id. Default: ip2p where there is a CUDA device, analytic elsewhere."""
+    device: str | None = None
+    """Torch device. Default: cuda where there is one, else cpu."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the model. Default: float16 on cuda, else float32. Latents are float32 in any case."""
+    micro_batch: int = 8
+    """Rows the U-Net takes at once: fewer need less memory and give the same result."""
+    offload: bool = False
+    """Keep the parts of the model that are not at work in main memory."""
+    local_files_only: bool = False
+    """Do not ask the hub, even for a model that is not here."""
+
+    def load(self, prompt: str) -> Prior:
+        import torch
+
+        check_prompt(prompt)  # before minutes go into loading a model
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        name = self.prior or ("ip2p" if device.startswith("cuda") else "analytic")
+        if self.prior is None:
+            print(f"prior: {name} on {device} (--prior chooses another)", file=sys.stderr)
+        if name == "analytic":
+            return load_prior(name, device)
+        return load_prior(
+            name,
+            device,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            micro_batch=self.micro_batch,
+            offload=self.offload,
+            local_files_only=self.local_files_only,
+        )
+
+
+@dataclass
+class Panorama:
+    """Edit an image of any size, most of all a wide one, through overlapping crops that agree with each other.
+
+    Example: csd panorama river.jpg night.png --prompt "make it night"
+    """
+
+    input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
+    """Image to edit."""
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Image to write, of the same size; the name's ending sets the format."""
+    prompt: str
+    """What to change, as an instruction."""
+    model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
+    stride: int | None = None
+    """Distance between crops in latent cells. Default: half the model's window; the paper takes a quarter."""
+    preset: str = "default"
+    """Where the defaults below come from: a name in configs/ (`paper` is the published algorithm), or a .yaml file."""
+    edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
+
+    def run(self) -> str:
+        from csd_2d.panorama import edit_panorama
+
+        if self.output.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"output {self.output} does not end like an image file, e.g. in .png or .jpg.")
+        _check_output(self.output)
+        image = read_image(self.input)
+        prior = self.model.load(self.prompt)
+        edited = edit_panorama(image, prior, self.prompt, self.edit, self.stride, progress="editing")
+        write_image(edited, self.output)
+        return f"{self.output} ({edited.shape[-1]}x{edited.shape[-2]} px)"
+
+
+@dataclass
+class Video:
+    """Edit all frames of a video together.
+
+    Example: csd video dance.mp4 dance_sepia.mp4 --prompt "make it sepia"
+    """
+
+    input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
+    """Video file, or folder with its frames as images."""
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Video file to write, or a folder for PNG frames. Size and frame rate stay; sound is not copied."""
+    prompt: str
+    """What to change, as an instruction."""
+    model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
+    preset: str = "default"
+    """Where the defaults below come from: a name in configs/ (`paper` is the published algorithm), or a .yaml file."""
+    edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
+
+    def run(self) -> str:
+        from csd_2d.video import check_video_output, edit_video, read_clip, write_clip
+
+        check_video_output(self.output)
+        _check_output(self.output)
+        clip = read_clip(self.input)
+        prior = self.model.load(self.prompt)
+        edited = edit_video(clip, prior, self.prompt, self.edit, progress="editing")
+        write_clip(edited, self.output)
+        return f"{self.output} ({len(edited.frames)} frames)"
+
+
+@dataclass
+class Demo:
+    """Make a small 3D scene, train it, edit it and film both. Takes a few minutes on two CPU cores, offline.
+
+    Needs nerfstudio (pip install "csd-edit[nerf]").
+    """
+
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")] = Path("csd_demo")
+    """Folder for the results; must be new or empty."""
+    prompt: str = "paint it a new color"
+    """What to change, as an instruction of the analytic prior."""
+    seed: int = 0
+    """Seed of the training and of the edit."""
+
+    def run(self) -> str:
+        if find_spec("nerfstudio") is None:
+            raise ImportError('csd demo needs nerfstudio: pip install "csd-edit[nerf]".')
+        from csd_nerf.demo import run_demo
+
+        if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
+            raise ValueError(f"output {self.output} exists and is not an empty folder.")
+        _check_output(self.output)
+        return str(run_demo(self.output, self.prompt, self.seed))
+
+
+def _check_output(path: Path) -> None:
+    """Raises, before any work is done, if nothing can be written at `path`."""
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"output {path} cannot be written: no permission to write in {existing}.")
+
+
+_DESCRIPTION = f"""Edit a set of images together, from one sentence, so that they stay consistent.
+
+Two kinds of model: `--prior analytic` needs no weights and follows a fixed list of instructions; `--prior ip2p`
+({DEFAULT_MODEL}) follows any. `csd COMMAND --help` explains the options.
+"""
+
+
+def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Demo:
+    # The preset sets the defaults of other options, so it is looked up before they are parsed.
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--preset", default="default")
+    edit = load_preset(peek.parse_known_args(arguments)[0].preset)
+    todo = tyro.MISSING
+    command = tyro.cli(
+        Annotated[Panorama, tyro.conf.subcommand("panorama", default=Panorama(todo, todo, todo, edit=edit))]
+        | Annotated[Video, tyro.conf.subcommand("video", default=Video(todo, todo, todo, edit=edit))]
+        | Annotated[Demo, tyro.conf.subcommand("demo")],
+        prog="csd",
+        description=_DESCRIPTION,
+        args=arguments,
+    )
+    return cast(Panorama | Video | Demo, command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: one sentence and exit code 1 for what a user can mend, 130 after Ctrl-C."""
+    try:
+        command = _parse(arguments)
+        start = time.monotonic()
+        result = command.run()
+        print(f"wrote {result} in {time.monotonic() - start:.0f} s")
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+        sys.exit(f"csd: {error}")
+    except KeyboardInterrupt:
+        print("csd: interrupted; nothing was written.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,100 @@
+"""Do particles agree on one answer to an ambiguous instruction, and how close do they come to it?
+
+Every particle gets "paint it a new color" of the analytic prior, six equally likely answers. Reported for each variant
+and number of particles N, over seeds: the share of particles on the most common answer (1/6 would be chance for
+N -> infinity), and the PSNR of each particle to the exact answer it took.
+
+    python tests/bench/agreement.py --frames FOLDER --seeds 20 --output agreement.json
+
+Without --frames the particles are smooth random images.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from csd_2d import EditConfig, load_preset
+from csd_2d.images import edit_images
+from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.video import read_clip
+
+PROMPT = "paint it a new color"
+DEFAULT = EditConfig(batch=0)
+PAPER = dataclasses.replace(load_preset("paper"), batch=0)
+PLAIN = dataclasses.replace(DEFAULT, bandwidth_scale=1.0, bandwidth_scale_end=1.0)
+VARIANTS = {
+    "SVGD off": dataclasses.replace(DEFAULT, svgd=False),
+    "SVGD off, shared noise": dataclasses.replace(DEFAULT, svgd=False, noise="shared"),
+    "paper": PAPER,
+    "paper, clean kernel": dataclasses.replace(PAPER, kernel_input="clean"),
+    "paper, shared noise": dataclasses.replace(PAPER, noise="shared"),
+    "paper, rows normalised": dataclasses.replace(PAPER, normalize_rows=True, lr=1.0),
+    "clean, normalised": PLAIN,
+    "clean, normalised, bandwidth x10": dataclasses.replace(PLAIN, bandwidth_scale=10.0, bandwidth_scale_end=10.0),
+    "clean, normalised, bandwidth x100": dataclasses.replace(PLAIN, bandwidth_scale=100.0, bandwidth_scale_end=100.0),
+    "clean, normalised, bandwidth x100 to x1": dataclasses.replace(PLAIN, bandwidth_scale=100.0),
+    "default (x100 to x0.01)": DEFAULT,
+}
+
+
+def _smooth_images(count: int, height: int, width: int, seed: int) -> torch.Tensor:
+    coarse = torch.rand(count, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True) * 0.7 + 0.15
+
+
+def _measure(images: torch.Tensor, config: EditConfig) -> tuple[float, float]:
+    """Share of particles on the most common answer; mean PSNR in dB to the answer each took."""
+    prior = AnalyticPrior()
+    edited = torch.stack(edit_images(list(images), prior, PROMPT, config))
+    errors = torch.stack([(answer - edited).square().flatten(1).mean(1) for answer in prior.answers(PROMPT, images)])
+    error, answer = errors.min(0)
+    return answer.bincount().max().item() / len(images), (-10 * error.clamp(min=1e-12).log10()).mean().item()
+
+
+def main(
+    output: Path,
+    frames: Path | None = None,
+    seeds: int = 20,
+    steps: int = 60,
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16),
+    height: int = 27,
+    width: int = 48,
+) -> None:
+    """Measures every variant and writes a table as JSON."""
+    torch.set_num_threads(1)
+    clip = None
+    if frames is not None:
+        clip = F.interpolate(torch.stack(read_clip(frames).frames), (height, width), mode="area")
+    rows = []
+    for name, variant in VARIANTS.items():
+        for count in counts:
+            start = time.monotonic()
+            results = []
+            for seed in range(seeds):
+                if clip is None:
+                    images = _smooth_images(count, height, width, seed)
+                else:
+                    images = clip[:: max(len(clip) // count, 1)][:count]
+                results.append(_measure(images, dataclasses.replace(variant, steps=steps, seed=seed)))
+            agreement, psnr = torch.tensor(results).unbind(1)
+            rows.append(
+                {
+                    "variant": name,
+                    "particles": count,
+                    "agreement": round(agreement.mean().item(), 3),
+                    "agreement_std": round(agreement.std().item(), 3) if seeds > 1 else None,
+                    "psnr": round(psnr.mean().item(), 1),
+                    "seconds": round(time.monotonic() - start, 1),
+                }
+            )
+            print(rows[-1], flush=True)
+    output.write_text(json.dumps({"prompt": PROMPT, "seeds": seeds, "steps": steps, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
