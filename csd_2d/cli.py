@@ -44,16 +44,8 @@ class PriorOptions:
         name = self.prior or ("ip2p" if device.startswith("cuda") else "analytic")
         if self.prior is None:
             print(f"prior: {name} on {device} (--prior chooses another)", file=sys.stderr)
-        if name == "analytic":
-            return load_prior(name, device)
-        return load_prior(
-            name,
-            device,
-            dtype=None if self.dtype is None else getattr(torch, self.dtype),
-            micro_batch=self.micro_batch,
-            offload=self.offload,
-            local_files_only=self.local_files_only,
-        )
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return load_prior(name, device, dtype, self.micro_batch, self.offload, self.local_files_only)
 
 
 @dataclass

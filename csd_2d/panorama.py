@@ -44,9 +44,7 @@ def edit_panorama(
     """
     height, width = image.shape[-2:]
     smallest = prior.window * prior.cell
-    padded = pad(
-        image[None], *(max(round_up(size, prior.cell), smallest) for size in (height, width))
-    ).to(prior.device)
+    padded = pad(image[None], *(max(round_up(size, prior.cell), smallest) for size in (height, width))).to(prior.device)
     with torch.no_grad():
         crops = CanvasCrops(
             prior.encode(padded), prior.condition(padded), prior.window, prior.window // 2 if stride is None else stride

@@ -64,18 +64,26 @@ class Prior(Protocol):
         ...
 
 
-def load_prior(name: str, device: str | torch.device = "cpu", **options: object) -> Prior:
+def load_prior(
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    micro_batch: int = 8,
+    offload: bool = False,
+    local_files_only: bool = False,
+) -> Prior:
     """The prior a user names.
 
     Args:
-        name: `analytic`, a folder with a diffusers InstructPix2Pix pipeline, or a hub id such as
-            `timbrooks/instruct-pix2pix`.
-        options: further arguments of `InstructPix2PixPrior.from_pretrained`; the analytic prior takes none.
+        name: `analytic`, `ip2p`, a folder with a diffusers InstructPix2Pix pipeline, or a hub id.
+        dtype, micro_batch, offload, local_files_only: see `InstructPix2PixPrior.from_pretrained`; the analytic prior
+            has no weights and needs none of them.
 
     Raises:
-        ValueError: if `name` is neither.
+        ValueError: if there is no such prior or device, or the model is not an InstructPix2Pix.
         OSError: if a model cannot be read or downloaded.
     """
+    device = _checked_device(device)
     if name == "analytic":
         from csd_2d.priors.analytic import AnalyticPrior
 
@@ -89,4 +97,13 @@ def load_prior(name: str, device: str | torch.device = "cpu", **options: object)
         )
     from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 
-    return InstructPix2PixPrior.from_pretrained(name, device=device, **options)  # type: ignore[arg-type]
+    return InstructPix2PixPrior.from_pretrained(name, device, dtype, offload, local_files_only, micro_batch)
+
+
+def _checked_device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown name, or a torch built without that device
+        raise ValueError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
+    return device

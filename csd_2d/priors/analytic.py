@@ -131,9 +131,7 @@ class AnalyticPrior:
     guidance_scale = 1.0
     image_guidance_scale = 1.0
 
-    def __init__(
-        self, spread: float = 0.1, image_spread: float = 0.6, device: str | torch.device = "cpu"
-    ) -> None:
+    def __init__(self, spread: float = 0.1, image_spread: float = 0.6, device: str | torch.device = "cpu") -> None:
         self.spread = spread
         self.image_spread = image_spread
         self.device = torch.device(device)

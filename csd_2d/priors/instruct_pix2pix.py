@@ -21,11 +21,11 @@ HUB_TIMEOUT = 5.0
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, in one line."""
+    """What went wrong first, in one sentence."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0].split('. ')[0].rstrip('.')}" if lines else type(error).__name__
 
 
 def _hub_refusal(model: str) -> Exception | None:
