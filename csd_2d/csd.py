@@ -3,8 +3,7 @@
 Source: Kim et al., "Collaborative Score Distillation for Consistent Visual Synthesis", arXiv 2307.04787 (NeurIPS 2023).
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -58,7 +57,7 @@ def edit_residual(
     noise: Float[Tensor, "n c h w"],
     timestep: int,
     condition: Float[Tensor, "n c h w"],
-    text: object,
+    text: Any,
     guidance_scale: float,
     image_guidance_scale: float,
     baseline: Baseline = "image",
@@ -75,20 +74,17 @@ def edit_residual(
         condition: what the prior takes as the source image (`Prior.condition`).
         text: the encoded prompt (`Prior.encode_text`).
     """
-    target = guidance_weights(guidance_scale, image_guidance_scale)
-    reference: dict[Branch, float] = {}
+    rows = list(guidance_weights(guidance_scale, image_guidance_scale).items())
+    inputs = [x_t] * len(rows)
     if baseline == "image":
         reference = guidance_weights(0.0, image_guidance_scale)
-    rows = [(x_t, branch, weight) for branch, weight in target.items()]
-    rows += [(source_t, branch, -weight) for branch, weight in reference.items()]
+        rows += [(branch, -weight) for branch, weight in reference.items()]
+        inputs += [source_t] * len(reference)
 
-    branches: Sequence[Branch] = [branch for _, branch, _ in rows for _ in range(len(x_t))]
-    estimates = prior.noise_estimate(
-        torch.cat([x for x, _, _ in rows]), timestep, condition.repeat(len(rows), 1, 1, 1), text, branches
-    )
-    residual = torch.stack(
-        [weight * e for (_, _, weight), e in zip(rows, estimates.chunk(len(rows)), strict=True)]
-    ).sum(0)
+    branches: list[Branch] = [branch for branch, _ in rows for _ in range(len(x_t))]
+    estimates = prior.noise_estimate(torch.cat(inputs), timestep, condition.repeat(len(rows), 1, 1, 1), text, branches)
+    weights = estimates.new_tensor([weight for _, weight in rows])
+    residual = torch.einsum("r,rnchw->nchw", weights, estimates.unflatten(0, (len(rows), len(x_t))))
     return residual - noise if baseline == "noise" else residual
 
 

@@ -135,7 +135,7 @@ def check_prompt(prompt: str) -> None:
 
 
 def batches(total: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Random batches without end that draw every particle equally often (to within one): one shuffle after the other."""
+    """Random batches without end; every particle is drawn equally often, to within one."""
     size = min(size or total, total)
     queue: deque[int] = deque()
     while True:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import torch
+from av.error import FFmpegError
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -75,7 +76,7 @@ def read_clip(path: Path) -> Clip:
                 for frame in container.decode(stream)
             ]
             rate = stream.average_rate or Clip.rate
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video ({error.strerror}).") from error
     if not frames:
         raise ValueError(f"{path} holds no video frames.")

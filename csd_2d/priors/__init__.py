@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -44,7 +44,7 @@ class Prior(Protocol):
         """Images as the model takes them for its source."""
         ...
 
-    def encode_text(self, prompt: str) -> object:
+    def encode_text(self, prompt: str) -> Any:
         """The instruction in the form `noise_estimate` takes. ValueError if the prior cannot follow it."""
         ...
 
@@ -57,7 +57,7 @@ class Prior(Protocol):
         x_t: Float[Tensor, "b c h w"],
         timestep: int,
         condition: Float[Tensor, "b c h w"],
-        text: object,
+        text: Any,
         branches: Sequence[Branch],
     ) -> Float[Tensor, "b c h w"]:
         """The model's estimate of the noise in x_t; `branches` says for each row which conditions it sees."""
