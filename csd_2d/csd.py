@@ -74,14 +74,14 @@ def edit_residual(
         condition: what the prior takes as the source image (`Prior.condition`).
         text: the encoded prompt (`Prior.encode_text`).
     """
-    rows = list(guidance_weights(guidance_scale, image_guidance_scale).items())
+    rows: list[tuple[Branch, float]] = list(guidance_weights(guidance_scale, image_guidance_scale).items())
     inputs = [x_t] * len(rows)
     if baseline == "image":
         reference = guidance_weights(0.0, image_guidance_scale)
         rows += [(branch, -weight) for branch, weight in reference.items()]
         inputs += [source_t] * len(reference)
 
-    branches: list[Branch] = [branch for branch, _ in rows for _ in range(len(x_t))]
+    branches = [branch for branch, _ in rows for _ in range(len(x_t))]
     estimates = prior.noise_estimate(torch.cat(inputs), timestep, condition.repeat(len(rows), 1, 1, 1), text, branches)
     weights = estimates.new_tensor([weight for _, weight in rows])
     residual = torch.einsum("r,rnchw->nchw", weights, estimates.unflatten(0, (len(rows), len(x_t))))
