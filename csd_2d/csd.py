@@ -74,11 +74,11 @@ def edit_residual(
         condition: what the prior takes as the source image (`Prior.condition`).
         text: the encoded prompt (`Prior.encode_text`).
     """
-    rows: list[tuple[Branch, float]] = list(guidance_weights(guidance_scale, image_guidance_scale).items())
+    rows = list(guidance_weights(guidance_scale, image_guidance_scale).items())
     inputs = [x_t] * len(rows)
     if baseline == "image":
         reference = guidance_weights(0.0, image_guidance_scale)
-        rows += [(branch, -weight) for branch, weight in reference.items()]
+        rows.extend((branch, -weight) for branch, weight in reference.items())
         inputs += [source_t] * len(reference)
 
     branches = [branch for branch, _ in rows for _ in range(len(x_t))]

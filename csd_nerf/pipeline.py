@@ -1,8 +1,9 @@
 """The nerfstudio pipeline that edits its scene while it trains."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from torch.nn import Parameter
@@ -24,6 +25,14 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     prior: str = "ip2p"
     """Diffusion model: 'ip2p' (timbrooks/instruct-pix2pix), another hub id, a local folder with a diffusers
     InstructPix2Pix pipeline, or 'analytic' (no weights, a list of known instructions)."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """What the diffusion model computes in. Default: float16 on a GPU, float32 elsewhere."""
+    micro_batch: int = 8
+    """Rows the diffusion model takes at once: lower it to save memory; the result is the same."""
+    offload: bool = False
+    """Keep each of the diffusion model's networks on the CPU while it is not in use."""
+    local_files_only: bool = False
+    """Take the diffusion model from the local cache; ask no hub."""
     edit: EditConfig = field(default_factory=EditConfig)
     """The joint edit of one round's views."""
     views_per_round: int = 16
@@ -32,7 +41,7 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """NeRF steps from one round to the next (paper: 2000)."""
 
     def __post_init__(self) -> None:
-        for name, low in (("views_per_round", 0), ("steps_per_round", 1)):
+        for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
 
@@ -74,7 +83,14 @@ class CsdEditPipeline(VanillaPipeline):
         assert trainer is not None
 
         def prior() -> Prior:
-            return load_prior(config.prior, device=self.device)
+            return load_prior(
+                config.prior,
+                self.device,
+                dtype=None if config.dtype is None else getattr(torch, config.dtype),
+                micro_batch=config.micro_batch,
+                offload=config.offload,
+                local_files_only=config.local_files_only,
+            )
 
         update = DatasetUpdate(
             TrainingViews(self),
