@@ -81,7 +81,7 @@ def edit_residual(
         rows.extend((branch, -weight) for branch, weight in reference.items())
         inputs += [source_t] * len(reference)
 
-    branches = [branch for branch, _ in rows for _ in range(len(x_t))]
+    branches: list[Branch] = [branch for branch, _ in rows for _ in range(len(x_t))]
     estimates = prior.noise_estimate(torch.cat(inputs), timestep, condition.repeat(len(rows), 1, 1, 1), text, branches)
     weights = estimates.new_tensor([weight for _, weight in rows])
     residual = torch.einsum("r,rnchw->nchw", weights, estimates.unflatten(0, (len(rows), len(x_t))))

@@ -42,10 +42,22 @@ class SceneModel(NerfactoModel):
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        metrics, images = super().get_image_metrics_and_images(outputs, batch)
-        if not self.has_lpips:
-            del metrics["lpips"]
+        if self.has_lpips:
+            return super().get_image_metrics_and_images(outputs, batch)
+        lpips, self.lpips = self.lpips, _NotMeasured()
+        try:
+            metrics, images = super().get_image_metrics_and_images(outputs, batch)
+        finally:
+            self.lpips = lpips
+        del metrics["lpips"]
         return metrics, images
+
+
+class _NotMeasured(nn.Module):
+    """Stands in for LPIPS, which fails on images under about 32 px even when nobody reads it."""
+
+    def forward(self, *_: Tensor) -> float:
+        return float("nan")
 
 
 def _alexnet_is_cached() -> bool:

@@ -1,0 +1,54 @@
+"""Scenes and runs that several test files share. Training runs within this process: ns-train takes a minute to start."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csd_nerf.procedural_scene import write_scene
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+Train = Callable[..., Path]
+
+
+def train_in_process(method: str, output: Path, iterations: int, **options: Any) -> Path:
+    """What `ns-train METHOD` does after parsing; returns the run's folder.
+
+    Args:
+        options: fields of the config, with `__` for a dot: `pipeline__prompt="..."`.
+    """
+    from nerfstudio.configs.method_configs import all_methods
+    from nerfstudio.scripts.train import main
+
+    config = copy.deepcopy(all_methods[method])
+    config.output_dir = output
+    config.max_num_iterations = iterations
+    config.machine.device_type = "cpu"
+    config.vis = "tensorboard"  # no viewer, no network
+    for path, value in options.items():
+        *parents, name = path.split("__")
+        target = config
+        for parent in parents:
+            target = getattr(target, parent)
+        assert hasattr(target, name), path
+        setattr(target, name, value)
+    main(config)  # type: ignore[arg-type]
+    return config.get_base_dir()
+
+
+@pytest.fixture(scope="session")
+def scene_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight views of 32x24 px, seven of them for training."""
+    folder = tmp_path_factory.mktemp("data") / "island"
+    write_scene(folder, num_views=8, size=(32, 24))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scene_run(scene_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scene of csd-scene-tiny, hardly trained."""
+    return train_in_process("csd-scene-tiny", tmp_path_factory.mktemp("scene"), 30, data=scene_data)

@@ -1,0 +1,82 @@
+"""The methods that ns-train finds, and what its command line makes of them."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import tyro
+import yaml
+from nerfstudio.configs.method_configs import all_methods
+
+from csd_nerf.config import csd_edit, csd_edit_tiny, csd_scene_tiny
+
+METHODS = ("csd-edit", "csd-edit-tiny", "csd-scene-tiny")
+
+
+def parse(*args: str):
+    config = csd_edit_tiny.config
+    return tyro.cli(tyro.conf.SuppressFixed[type(config)], default=config, args=args)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_registered_and_their_configs_survive_yaml(name):
+    config = all_methods[name]
+    assert config.method_name == name
+    assert yaml.load(yaml.dump(config), Loader=yaml.Loader) == config
+
+
+@pytest.mark.parametrize("specification", [csd_edit, csd_edit_tiny, csd_scene_tiny])
+def test_viewer_listens_on_loopback_and_nothing_is_sent_to_wandb(specification):
+    assert specification.config.viewer.websocket_host == "127.0.0.1"
+    assert specification.config.vis == "viewer"
+
+
+@pytest.mark.parametrize("specification", [csd_edit, csd_edit_tiny])
+def test_poses_and_anneal_are_off_when_editing(specification):
+    model = specification.config.pipeline.model
+    assert model.camera_optimizer.mode == "off"
+    assert not model.use_proposal_weight_anneal
+
+
+def test_entry_point_does_not_load_a_diffusion_model():
+    code = "import csd_nerf.config, sys; print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("scalar", [np.float64(1.5), np.float32(1.5), np.int64(3)])
+def test_checkpoints_with_numpy_scalars_load_without_trusting_anything_else(scalar, tmp_path):
+    torch.save({"scalar": scalar}, tmp_path / "a.ckpt")
+    loaded = torch.load(tmp_path / "a.ckpt", weights_only=True)["scalar"]
+    assert loaded == scalar and type(loaded) is type(scalar)
+
+
+def test_options_reach_the_nested_configs():
+    config = parse("--pipeline.prompt", "make it night", "--pipeline.edit.steps", "7", "--load-run", "run/config.yml")
+    assert (config.pipeline.prompt, config.pipeline.edit.steps, str(config.load_run)) == (
+        "make it night",
+        7,
+        "run/config.yml",
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--pipeline.edit.steps", "0"], "steps must be from 1"),
+        (["--pipeline.edit.min-timestep", "nan"], "min_timestep must be from 0"),
+        (["--pipeline.steps-per-round", "0"], "steps_per_round must be at least 1"),
+        (["--pipeline.views-per-round", "-1"], "views_per_round must be at least 0"),
+        # It would replace the whole config and overwrite the old run's.
+        (["--load-config", "config.yml"], "--load-config"),
+    ],
+)
+def test_bad_options_end_the_program_with_a_message(args, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*args)
+    assert end.value.code not in (0, None)
+    # tyro wraps lines within a box.
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in printed and "Traceback" not in printed
