@@ -1,0 +1,237 @@
+"""`csd demo`: a scene is made, learned, edited through csd-edit-tiny and filmed, on a CPU and offline."""
+
+import copy
+import dataclasses
+import json
+import platform
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.models.base_model import Model
+from nerfstudio.pipelines.base_pipeline import Pipeline
+from nerfstudio.utils.eval_utils import eval_setup
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from csd_2d.images import replacing, to_tensor, write_image
+from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.video import Clip, write_clip
+from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
+from csd_nerf.procedural_scene import NEAR_PLANE, intrinsics, turntable, write_scene
+
+FILM_FRAMES = 48
+FILM_SIZE = (128, 96)
+SHEET_WIDTH = 240
+"""Width of one picture of the contact sheet, in pixels."""
+
+
+class _Stopwatch:
+    """Announces stages and keeps the seconds each took."""
+
+    def __init__(self, stages: int) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stages = stages
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"\n[{len(self.seconds) + 1}/{self._stages}] {name}", flush=True)
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 1)
+
+
+def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
+    """Leaves before_after.png, turntable.mp4, edited/ and report.json in a folder, beside the scene and both runs.
+
+    Args:
+        folder: new or empty.
+        prompt: an instruction the analytic prior knows; the answer to it is known, and the result is measured by it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the prior does not know the prompt; nothing is written then.
+    """
+    AnalyticPrior().encode_text(prompt)
+    watch = _Stopwatch(stages=5)
+    with watch.stage("writing a procedural scene"):
+        write_scene(folder / "scene", progress="views")
+    with watch.stage("learning the scene (ns-train csd-scene-tiny)"):
+        scene_run = _train(_scene_config(folder, seed))
+    with watch.stage(f"editing it: {prompt} (ns-train csd-edit-tiny)"):
+        edit_run = _train(_edit_config(folder, scene_run, prompt, seed))
+    with watch.stage("rendering novel views and the film"):
+        before, after = (_load(run) for run in (scene_run, edit_run))
+        novel = _NovelViews(before, after, prompt)
+        film = _film(before.model, after.model)
+    with watch.stage("writing the results"):
+        write_image(novel.contact_sheet(), folder / "before_after.png")
+        write_clip(film, folder / "turntable.mp4")
+        (edit_run.parent / "edited").rename(folder / "edited")
+        report = {
+            "prompt": prompt,
+            "seed": seed,
+            "answer": novel.answer_name,
+            "psnr": novel.psnr(),
+            "seconds": watch.seconds,
+            "seconds_total": round(sum(watch.seconds.values()), 1),
+            "settings": _settings(),
+            "versions": {name: version(name) for name in ("csd-edit", "nerfstudio", "torch")},
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        }
+        with replacing(folder / "report.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    _announce(report)
+    return folder
+
+
+def _scene_config(folder: Path, seed: int) -> TrainerConfig:
+    config = copy.deepcopy(csd_scene_tiny.config)
+    config.data = folder / "scene"
+    dataparser = config.pipeline.datamanager.dataparser  # type: ignore[attr-defined]
+    dataparser.orientation_method = dataparser.center_method = "none"
+    dataparser.auto_scale_poses = False
+    config.pipeline.model.near_plane = NEAR_PLANE  # type: ignore[attr-defined]
+    return _demo_run(config, folder, seed)
+
+
+def _edit_config(folder: Path, scene_run: Path, prompt: str, seed: int) -> TrainerConfig:
+    config = copy.deepcopy(csd_edit_tiny.config)
+    config.load_run = scene_run  # type: ignore[attr-defined]
+    config.pipeline.prompt = prompt  # type: ignore[attr-defined]
+    return _demo_run(config, folder, seed)
+
+
+def _demo_run(config: TrainerConfig, folder: Path, seed: int) -> TrainerConfig:
+    config.output_dir = folder / "runs"
+    config.experiment_name = "demo"
+    config.machine.seed = seed
+    # Neither a server nor evaluations on the way: the demo measures and films at the end.
+    config.vis = "tensorboard"
+    config.steps_per_eval_batch = config.steps_per_eval_image = config.steps_per_eval_all_images = 10**9
+    return config
+
+
+def _train(config: TrainerConfig) -> Path:
+    """What ns-train does with a config; returns the run's config.yml."""
+    config.pipeline.datamanager.data = config.data
+    config.set_timestamp()
+    config.save_config()
+    random.seed(config.machine.seed)
+    np.random.seed(config.machine.seed)
+    torch.manual_seed(config.machine.seed)
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    trainer.train()
+    return config.get_base_dir() / "config.yml"
+
+
+def _load(run: Path) -> Pipeline:
+    """A trained scene, read from disk the way ns-render reads it."""
+    return eval_setup(run, test_mode="test")[1]
+
+
+def _render(model: Model, camera: Cameras) -> Float[Tensor, "3 H W"]:
+    return model.get_outputs_for_camera(camera)["rgb"].permute(2, 0, 1).clamp(0, 1).cpu()
+
+
+def _psnr(images: Tensor, references: Tensor) -> float:
+    """In dB, of the mean over all images."""
+    return -10 * (images - references).square().mean().log10().item()
+
+
+class _NovelViews:
+    """Views the scene was not trained on: as they are, before and after the edit, and as the answer would be."""
+
+    def __init__(self, before: Pipeline, after: Pipeline, prompt: str) -> None:
+        dataset = before.datamanager.eval_dataset
+        assert dataset is not None
+        self.true = torch.stack([dataset[i]["image"][..., :3].permute(2, 0, 1) for i in range(len(dataset))])
+        cameras = [dataset.cameras[i : i + 1] for i in range(len(dataset))]
+        self.before, self.after = (
+            torch.stack([_render(pipeline.model, camera) for camera in tqdm(cameras, desc=name, unit="view")])
+            for name, pipeline in (("before", before), ("after", after))
+        )
+        # An ambiguous instruction has several answers; the scene is held to the one it took as a whole.
+        answers = AnalyticPrior().answers(prompt, self.true)
+        taken = max(range(len(answers)), key=lambda k: _psnr(self.after, answers[k]))
+        self.answer = answers[taken]
+        self.answer_name = f"{taken + 1} of {len(answers)}"
+
+    def psnr(self) -> dict[str, float]:
+        """In dB: how well the scene was learned, how far it was from the answer, how near it is now."""
+        pairs = {
+            "unedited_views_to_truth": (self.before, self.true),
+            "unedited_views_to_answer": (self.before, self.answer),
+            "edited_views_to_answer": (self.after, self.answer),
+        }
+        return {name: round(_psnr(*pair), 2) for name, pair in pairs.items()}
+
+    def contact_sheet(self) -> Float[Tensor, "3 H W"]:
+        """Rows: the scene before, after, and the exact answer; columns: views."""
+        height = round(SHEET_WIDTH * self.true.shape[-2] / self.true.shape[-1])
+        rows = {"scene": self.before, "edited": self.after, "exact answer": self.answer}
+        sheet = Image.new("RGB", (SHEET_WIDTH * len(self.true), height * len(rows)))
+        draw = ImageDraw.Draw(sheet)
+        for row, (label, images) in enumerate(rows.items()):
+            for column, image in enumerate(_enlarged(images, (height, SHEET_WIDTH))):
+                sheet.paste(Image.fromarray(image), (SHEET_WIDTH * column, height * row))
+            draw.text((8, height * row + 6), label, fill="white", stroke_width=2, stroke_fill="black")
+        return to_tensor(sheet)
+
+
+def _enlarged(images: Float[Tensor, "n 3 h w"], size: tuple[int, int]) -> np.ndarray:
+    """uint8 (n, H, W, 3)."""
+    larger = torch.nn.functional.interpolate(images, size, mode="bicubic").clamp(0, 1)
+    return (255 * larger).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def _film(before: Model, after: Model) -> Clip:
+    """One turn round both scenes, side by side."""
+    lens = intrinsics(FILM_SIZE)
+    cameras = Cameras(
+        camera_to_worlds=turntable(FILM_FRAMES)[:, :3],
+        fx=lens["fl_x"],
+        fy=lens["fl_y"],
+        cx=lens["cx"],
+        cy=lens["cy"],
+        width=int(lens["w"]),
+        height=int(lens["h"]),
+    )
+    frames = []
+    for i in tqdm(range(FILM_FRAMES), desc="film", unit="frame"):
+        pair = torch.cat([_render(model, cameras[i : i + 1]) for model in (before, after)], dim=-1)
+        frames.append(torch.nn.functional.interpolate(pair[None], scale_factor=3, mode="bicubic").clamp(0, 1)[0])
+    return Clip(frames)
+
+
+def _settings() -> dict[str, object]:
+    pipeline = csd_edit_tiny.config.pipeline
+    return {
+        "scene_steps": csd_scene_tiny.config.max_num_iterations,
+        "edit_steps": csd_edit_tiny.config.max_num_iterations,
+        "steps_per_round": pipeline.steps_per_round,  # type: ignore[attr-defined]
+        "views_per_round": pipeline.views_per_round,  # type: ignore[attr-defined]
+        "edit": dataclasses.asdict(pipeline.edit),  # type: ignore[attr-defined]
+    }
+
+
+def _announce(report: dict) -> None:
+    psnr = report["psnr"]
+    print(
+        f"\nNovel views: {psnr['unedited_views_to_truth']} dB to the true scene before the edit; "
+        f"to the exact answer {psnr['unedited_views_to_answer']} dB before and "
+        f"{psnr['edited_views_to_answer']} dB after.\n"
+        "Look at before_after.png and turntable.mp4; report.json has all figures."
+    )
