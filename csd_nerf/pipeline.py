@@ -59,8 +59,9 @@ class CsdEditPipeline(VanillaPipeline):
     def __init__(self, config: CsdEditPipelineConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.model.camera_optimizer.requires_grad_(False)
-        if self.model.field.embedding_appearance is not None:
-            self.model.field.embedding_appearance.requires_grad_(False)
+        embedding = self.model.field.embedding_appearance  # type: ignore[union-attr]
+        if embedding is not None:
+            embedding.requires_grad_(False)
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         groups = super().get_param_groups()

@@ -25,7 +25,7 @@ class TrainingViews:
                 "editing needs all training images in memory; leave "
                 "--pipeline.datamanager.train-num-images-to-sample-from at -1."
             )
-        self._model: NerfactoModel = pipeline.model
+        self._model: NerfactoModel = pipeline.model  # type: ignore[assignment]
         self._dataset = datamanager.train_dataset
         self._cameras = datamanager.train_ray_generator.cameras
         # One tensor, or a list where sizes differ; `row[i]` is the place of view i in it.

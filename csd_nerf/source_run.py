@@ -15,6 +15,8 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor
 
+from csd_2d.images import read_image
+
 
 @dataclass(frozen=True)
 class SourceRun:
@@ -32,7 +34,7 @@ class SourceRun:
 class _Object(dict):
     """Fields of a Python object in a config, and the object's class."""
 
-    def __init__(self, name: str, values: dict[str, Any]) -> None:
+    def __init__(self, name: str, values: dict[Any, Any]) -> None:
         super().__init__(values)
         self.name = name
 
@@ -138,7 +140,7 @@ def implementation(state: dict[str, Tensor], path: Path) -> str:
     """
     if any(key.endswith("hash_table") for key in state):
         return "torch"
-    if not any(key.endswith("tcnn_encoding.params") for key in state):
+    if not any(key.startswith("_model.field.") and key.endswith(".params") for key in state):
         raise ValueError(f"{path} is the checkpoint of another method; expected one of nerfacto or csd-scene-tiny.")
     if not (TCNN_EXISTS and torch.cuda.is_available()):
         raise ValueError(
@@ -152,6 +154,10 @@ _OPTIONAL = ("_model.lpips.", "_model.camera_optimizer.")
 """May be absent on either side: LPIPS is a metric, and the poses are not tuned by every run."""
 
 
+def _is_model(key: str) -> bool:
+    return key.startswith("_model.") and not key.startswith(_OPTIONAL)
+
+
 def check_fits(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> None:
     """Compares a checkpoint's tensors with those of the pipeline it is meant for.
 
@@ -161,19 +167,18 @@ def check_fits(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> None
         ValueError: if a tensor is missing, unknown or of another shape.
     """
     theirs, ours = (
-        {key: tuple(value.shape) for key, value in tensors.items() if key.startswith("_model.")}
+        # Single numbers are sizes, such as max_res, which no tensor's shape need show.
+        {key: value.item() if value.ndim == 0 else value.shape for key, value in tensors.items() if _is_model(key)}
         for tensors in (state, model_state)
     )
     embedding = "_model.field.embedding_appearance.embedding.weight"
-    if embedding in theirs and embedding in ours and theirs[embedding][0] != ours[embedding][0]:
+    if embedding in theirs and embedding in ours and len(state[embedding]) != len(model_state[embedding]):
         raise ValueError(
-            f"the checkpoint was trained on {theirs[embedding][0]} images, but --data has {ours[embedding][0]} training "
-            "images; give the data the scene was trained on."
+            f"the checkpoint was trained on {len(state[embedding])} images, but --data has "
+            f"{len(model_state[embedding])} training images; give the data the scene was trained on."
         )
     differing = sorted(
-        key.removeprefix("_model.")
-        for key in theirs.keys() | ours.keys()
-        if theirs.get(key) != ours.get(key) and not key.startswith(_OPTIONAL)
+        key.removeprefix("_model.") for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
     )
     if differing:
         shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
@@ -197,12 +202,29 @@ def check_data(data: Path | None, dataparser: DataParserConfig) -> None:
         raise FileNotFoundError(f"no data at {path}; set --data.")
     if not isinstance(dataparser, NerfstudioDataParserConfig):
         return
-    transforms = path if path.suffix == ".json" else path / "transforms.json"
-    if not transforms.is_file():
+    if not _transforms(path).is_file():
         raise FileNotFoundError(f"{path} holds no transforms.json; set --data to a folder that ns-process-data wrote.")
+    if not _image_files(path):
+        raise ValueError(f"{_transforms(path)} names no images.")
+
+
+def check_images(data: Path) -> None:
+    """Reads all images of a nerfstudio scene. For when nerfstudio fails on one, which it does not name.
+
+    Raises:
+        FileNotFoundError, ValueError: for the first that is missing or no image.
+    """
+    for path in _image_files(data):
+        read_image(path)
+
+
+def _transforms(data: Path) -> Path:
+    return data if data.suffix == ".json" else data / "transforms.json"
+
+
+def _image_files(data: Path) -> list[Path]:
+    path = _transforms(data)
     try:
-        frames = json.loads(transforms.read_text(encoding="utf8"))["frames"]
+        return [path.parent / frame["file_path"] for frame in json.loads(path.read_text(encoding="utf8"))["frames"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{transforms} cannot be read as a nerfstudio scene ({error!r}).") from error
-    if not frames:
-        raise ValueError(f"{transforms} names no images.")
+        raise ValueError(f"{path} cannot be read as a nerfstudio scene ({error!r}).") from error

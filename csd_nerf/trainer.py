@@ -9,13 +9,15 @@ from typing import Literal
 
 import tyro
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.models.nerfacto import NerfactoModelConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from csd_2d.edit import NonFiniteError
 from csd_nerf.pipeline import CsdEditPipelineConfig
-from csd_nerf.source_run import check_data, find_checkpoint, implementation, read_checkpoint, read_run
+from csd_nerf.source_run import check_data, check_images, find_checkpoint, implementation, read_checkpoint, read_run
 
 
 @contextlib.contextmanager
@@ -35,11 +37,21 @@ class SceneTrainerConfig(TrainerConfig):
     # It would replace this config by another run's and then overwrite that run's file.
     load_config: tyro.conf.Fixed[Path | None] = None
 
+    @property
+    def dataparser(self) -> DataParserConfig:
+        """What reads the data."""
+        return self.pipeline.datamanager.dataparser  # type: ignore[attr-defined]
+
     def set_timestamp(self) -> None:
         """Prepares the run. The first thing ns-train calls, before anything is written."""
         with one_sentence(self.method_name):
             self.prepare()
         super().set_timestamp()
+
+    def save_config(self) -> None:
+        """Writes config.yml into the run's folder."""
+        with one_sentence(self.method_name):
+            super().save_config()
 
     def prepare(self) -> None:
         """Checks what the user gave.
@@ -47,17 +59,26 @@ class SceneTrainerConfig(TrainerConfig):
         Raises:
             ValueError, OSError: if it cannot be used.
         """
-        check_data(self.pipeline.datamanager.data, self.pipeline.datamanager.dataparser)  # type: ignore[attr-defined]
+        check_data(self.pipeline.datamanager.data, self.dataparser)
 
 
 class SceneTrainer(Trainer):
-    """nerfstudio's trainer, whose errors are one sentence. A run that fails before its first checkpoint leaves nothing."""
+    """nerfstudio's trainer, whose errors are one sentence.
+
+    A run that fails before its first checkpoint takes back what it wrote.
+    """
 
     config: SceneTrainerConfig  # type: ignore[assignment]
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         with self._cleaning(), one_sentence(self.config.method_name):
-            super().setup(test_mode)
+            try:
+                super().setup(test_mode)
+            except OSError:
+                data = self.config.pipeline.datamanager.data
+                if data is not None and isinstance(self.config.dataparser, NerfstudioDataParserConfig):
+                    check_images(data)
+                raise
 
     def train(self) -> None:
         with self._cleaning(), one_sentence(self.config.method_name):
@@ -69,8 +90,9 @@ class SceneTrainer(Trainer):
             yield
         except SystemExit:
             if not any(self.checkpoint_dir.glob("*.ckpt")):
-                for name in ("config.yml", "dataparser_transforms.json"):
-                    (self.base_dir / name).unlink(missing_ok=True)
+                for pattern in ("config.yml", "dataparser_transforms.json", "events.out.tfevents.*"):
+                    for path in self.base_dir.glob(pattern):
+                        path.unlink()
                 with contextlib.suppress(OSError):  # a folder with anything else in it stays
                     for folder in (self.base_dir, *self.base_dir.parents[:3]):
                         folder.rmdir()
@@ -85,7 +107,7 @@ class EditTrainerConfig(SceneTrainerConfig):
     load_run: Path | None = None
     """Config of the pretrained nerfacto run, RUN/config.yml. Its model's sizes, its data parser and its data are taken
     over; --data overrides where the data lie. The file is read, not executed."""
-    pipeline: CsdEditPipelineConfig = field(default_factory=CsdEditPipelineConfig)
+    pipeline: CsdEditPipelineConfig = field(default_factory=CsdEditPipelineConfig)  # type: ignore[assignment]
     """The edit."""
 
     def prepare(self) -> None:
@@ -127,7 +149,9 @@ class EditTrainerConfig(SceneTrainerConfig):
         if not prompts:
             raise ValueError("prompt is empty; set --pipeline.prompt, e.g. 'make it night'.")
         if len(prompts) > 1:
-            raise ValueError(f"--prompt and --pipeline.prompt differ ({' / '.join(sorted(prompts))}); give one of them.")
+            raise ValueError(
+                f"--prompt and --pipeline.prompt differ ({' / '.join(sorted(prompts))}); give one of them."
+            )
         self.pipeline.prompt = prompts.pop()
 
     def _take_over(self, run: Path) -> Path:

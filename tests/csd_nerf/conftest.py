@@ -1,4 +1,4 @@
-"""Scenes and runs that several test files share. Training runs within this process: ns-train takes a minute to start."""
+"""Scenes and runs that several test files share. Training runs in this process: ns-train takes a minute to start."""
 
 import copy
 import os

@@ -142,7 +142,9 @@ def test_metrics_and_poses_may_be_absent_but_nothing_else():
         return {"_model." + name.replace("__", "."): torch.zeros(size) for name, size in shapes.items()}
 
     ours = state(field__a=3, field__embedding_appearance__embedding__weight=7)
-    check_fits(ours | state(lpips__net=4, camera_optimizer__pose_adjustment=7) | {"datamanager.x": torch.zeros(1)}, ours)
+    check_fits(
+        ours | state(lpips__net=4, camera_optimizer__pose_adjustment=7) | {"datamanager.x": torch.zeros(1)}, ours
+    )
     check_fits(ours, ours | state(lpips__net=4))
     with pytest.raises(ValueError, match=r"does not fit the model \(field\.a\).*give --load-run"):
         check_fits(ours | state(field__a=4), ours)
@@ -150,6 +152,9 @@ def test_metrics_and_poses_may_be_absent_but_nothing_else():
         check_fits(ours | state(**{f"field__b{i}": 1 for i in range(5)}), ours)
     with pytest.raises(ValueError, match=r"does not fit the model \(field\.a\)"):
         check_fits({k: v for k, v in ours.items() if k != "_model.field.a"}, ours)
+    sizes = [{"_model.field.max_res": torch.tensor(size)} for size in (64, 128)]
+    with pytest.raises(ValueError, match=r"field\.max_res"):
+        check_fits(ours | sizes[0], ours | sizes[1])
     with pytest.raises(ValueError, match="trained on 9 images, but --data has 7 training images"):
         check_fits(ours | state(field__embedding_appearance__embedding__weight=9), ours)
 
