@@ -20,14 +20,15 @@ from tqdm.auto import tqdm
 from csd_2d.images import replacing, write_image
 
 SKY_RADIUS = 8.0
-ORBIT_RADIUS = 2.5
-NEAR_PLANE = 1.4
+ORBIT_RADII = (2.4, 3.1)
+"""Distances of the cameras from the origin. The far ones see the air before the near ones: nothing can hang there."""
+NEAR_PLANE = 1.35
 """Nothing lies nearer to a camera of the orbit."""
-ELEVATIONS = (10.0, 26.0, 44.0)
+ELEVATIONS = (10.0, 25.0, 42.0)
 """Of the rings of cameras, in degrees above the meadow."""
 FIELD_OF_VIEW = 46.0
 """Across the image's width, in degrees."""
-HELD_OUT_EVERY = 6
+HELD_OUT_EVERY = 5
 
 _TARGET = (0.0, 0.0, 0.02)
 _SELF_HIT = 1e-4
@@ -352,23 +353,29 @@ def look_at(position: Float[Tensor, "3"], target: tuple[float, float, float] = _
     return matrix
 
 
-def _on_sphere(azimuth: float, elevation: float) -> Float[Tensor, "4 4"]:
+def _on_sphere(azimuth: float, elevation: float, radius: float) -> Float[Tensor, "4 4"]:
     """A camera of the orbit; degrees, azimuth 0 at -y (before the house's door)."""
     a, e = math.radians(azimuth), math.radians(elevation)
-    direction = torch.tensor([math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)])
-    return look_at(ORBIT_RADIUS * direction)
+    return look_at(radius * torch.tensor([math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)]))
 
 
 def orbit(num: int = 36) -> Float[Tensor, "num 4 4"]:
-    """Cameras to learn the scene from: one ring after the other at `ELEVATIONS`, turned against each other."""
+    """Cameras to learn the scene from: one ring after the other at `ELEVATIONS`, turned against each other.
+
+    Within a ring near and far cameras alternate.
+    """
     rings = len(ELEVATIONS)
-    ring = [i * rings // num for i in range(num)]
-    return torch.stack([_on_sphere(360 / num * (rings * i + ring[i]), ELEVATIONS[ring[i]]) for i in range(num)])
+
+    def camera(i: int) -> Tensor:
+        ring = i * rings // num
+        return _on_sphere(360 / num * (rings * i + ring), ELEVATIONS[ring], ORBIT_RADII[i % len(ORBIT_RADII)])
+
+    return torch.stack([camera(i) for i in range(num)])
 
 
 def turntable(num: int = 48, elevation: float = 22.0) -> Float[Tensor, "num 4 4"]:
     """Cameras of one full turn, for a film that loops."""
-    return torch.stack([_on_sphere(360 * i / num + 24, elevation) for i in range(num)])
+    return torch.stack([_on_sphere(360 * i / num + 24, elevation, ORBIT_RADII[0]) for i in range(num)])
 
 
 def intrinsics(size: tuple[int, int]) -> dict[str, float]:

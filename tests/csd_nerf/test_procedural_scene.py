@@ -13,7 +13,7 @@ from csd_nerf import procedural_scene
 from csd_nerf.procedural_scene import (
     ELEVATIONS,
     NEAR_PLANE,
-    ORBIT_RADIUS,
+    ORBIT_RADII,
     Frustum,
     Polyhedron,
     Shape,
@@ -109,14 +109,17 @@ def test_cameras_are_right_handed_rotations_that_look_at_the_scene(cameras: Tens
     torch.testing.assert_close(rotations[:, 2, 0], torch.zeros(len(cameras)), atol=1e-6, rtol=0)
     target = torch.tensor(procedural_scene._TARGET)
     torch.testing.assert_close(rotations[:, :, 2], torch.nn.functional.normalize(positions - target, dim=1))
-    torch.testing.assert_close(positions.norm(dim=1), torch.full((len(cameras),), ORBIT_RADIUS))
+    assert torch.isclose(positions.norm(dim=1)[:, None], torch.tensor(ORBIT_RADII)).any(1).all()
 
 
 def test_orbit_visits_every_elevation_and_no_place_twice() -> None:
     positions = orbit(36)[:, :3, 3]
-    heights = (positions[:, 2] / ORBIT_RADIUS).asin().rad2deg()
+    radii = positions.norm(dim=1)
+    heights = (positions[:, 2] / radii).asin().rad2deg()
     for elevation in ELEVATIONS:
         assert (heights - elevation).abs().lt(1e-3).sum() == 36 // len(ELEVATIONS)
+        for radius in ORBIT_RADII:
+            assert ((heights - elevation).abs().lt(1e-3) & torch.isclose(radii, torch.tensor(radius))).any()
     assert torch.pdist(positions).min() > 0.3
 
 
@@ -168,16 +171,16 @@ def test_every_solid_lies_between_the_near_plane_and_the_sky() -> None:
             distances = shape.distances(camera[:3, 3].expand_as(directions), directions)
             distances = distances[distances.isfinite()]
             assert (distances > NEAR_PLANE).all()
-            assert (distances < ORBIT_RADIUS + 1.1).all()
+            assert (distances < max(ORBIT_RADII) + 1.1).all()
 
 
 def test_views_are_images_with_room_for_an_edit() -> None:
     image = render_view(turntable(3)[0], SIZE)
     assert image.shape == (3, SIZE[1], SIZE[0])
     assert 0.03 < image.min() < 0.3 < image.mean() < 0.7 < image.max() < 0.98
-    # Pixels cover the supersampled rays evenly: more rays change a view by its edges alone.
+    # More rays change a view at its edges alone, which are the smaller part of the pixels.
     finer = render_view(turntable(3)[0], SIZE, supersampling=4)
-    assert (image - finer).abs().mean() < 0.01
+    assert (image - finer).abs().median() < 2e-3
 
 
 def test_camera_above_looks_down_with_the_door_below() -> None:
@@ -209,12 +212,12 @@ def test_nerfstudio_reads_the_scene_in_its_own_coordinates(scene: Path) -> None:
     )
     outputs = config.setup().get_dataparser_outputs("val")
     lens = intrinsics(SIZE)
-    assert [path.name for path in outputs.image_filenames] == ["frame_0003.png", "frame_0009.png"]
-    assert torch.equal(outputs.cameras.camera_to_worlds, orbit(12)[[3, 9], :3])
+    assert [path.name for path in outputs.image_filenames] == ["frame_0002.png", "frame_0007.png"]
+    assert torch.equal(outputs.cameras.camera_to_worlds, orbit(12)[[2, 7], :3])
     # The ray through a pixel's centre meets a point there, and our projection of the point is that centre.
     rays = outputs.cameras.generate_rays(camera_indices=0)
     point = (rays.origins + 2 * rays.directions)[20, 30]
-    pixel = project(point[None], orbit(12)[3], lens)[0]
+    pixel = project(point[None], orbit(12)[2], lens)[0]
     torch.testing.assert_close(pixel, torch.tensor([30.5, 20.5]), atol=1e-3, rtol=0)
 
 
