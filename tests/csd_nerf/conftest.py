@@ -1,8 +1,8 @@
 """Scenes and runs that several test files share. Training runs in this process: ns-train takes a minute to start."""
 
 import copy
+import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ import pytest
 from csd_nerf.procedural_scene import write_scene
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-Train = Callable[..., Path]
 
 
 def train_in_process(method: str, output: Path, iterations: int, **options: Any) -> Path:
@@ -42,10 +40,16 @@ def train_in_process(method: str, output: Path, iterations: int, **options: Any)
 
 @pytest.fixture(scope="session")
 def scene_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight views of 32x24 px, seven of them for training."""
+    """Eight views of 32x24 px."""
     folder = tmp_path_factory.mktemp("data") / "island"
     write_scene(folder, num_views=8, size=(32, 24))
     return folder
+
+
+@pytest.fixture(scope="session")
+def num_views(scene_data: Path) -> int:
+    """How many of them are for training."""
+    return len(json.loads((scene_data / "transforms.json").read_text())["train_filenames"])
 
 
 @pytest.fixture(scope="session")

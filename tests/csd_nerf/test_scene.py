@@ -52,9 +52,9 @@ def mixed_data(scene_data, tmp_path) -> Path:
     return folder
 
 
-def test_originals_are_the_files(pipeline):
+def test_originals_are_the_files(pipeline, num_views):
     views = TrainingViews(pipeline)
-    assert len(views) == 7
+    assert len(views) == num_views
     for i in range(len(views)):
         assert torch.equal(views.original(i), read_image(views.filename(i)))
 
@@ -73,6 +73,9 @@ def test_render_takes_the_pose_that_was_tuned(scene_data):
     pipeline = make_pipeline(scene_data, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
     optimizer = pipeline.model.camera_optimizer
     with torch.no_grad():
+        for name, parameter in pipeline.model.named_parameters():
+            if "hash_table" in name:  # as it is made, it is next to zero: the same from everywhere
+                parameter.normal_()
         optimizer.pose_adjustment.copy_(0.1 * torch.randn_like(optimizer.pose_adjustment))
     camera: Cameras = copy.deepcopy(pipeline.datamanager.train_dataset.cameras[2:3])
     rotation, translation = optimizer(torch.tensor([2]))[0].detach().split([3, 1], dim=1)
@@ -95,12 +98,12 @@ def test_poses_and_appearance_are_frozen(scene_data):
     assert {name.split(".")[-2] for name in frozen} == {"camera_optimizer", "embedding"}
 
 
-def test_an_image_replaces_what_its_view_is_trained_on(pipeline):
+def test_an_image_replaces_what_its_view_is_trained_on(pipeline, num_views):
     views = TrainingViews(pipeline)
-    before = [sample(pipeline, i) for i in range(7)]
+    before = [sample(pipeline, i) for i in range(num_views)]
     views.supervise(5, torch.full((3, 24, 32), 0.25))
     assert (sample(pipeline, 5) == 0.25).all()
-    assert all(torch.equal(sample(pipeline, i), before[i]) for i in range(7) if i != 5)
+    assert all(torch.equal(sample(pipeline, i), before[i]) for i in range(num_views) if i != 5)
     assert torch.equal(views.original(5), read_image(views.filename(5)))
 
 

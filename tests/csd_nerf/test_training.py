@@ -64,9 +64,9 @@ def stock_run(scene_data, tmp_path_factory) -> Path:
         )
 
 
-def test_edited_views_are_written_and_the_run_can_be_evaluated(edit_run, scene_data):
+def test_edited_views_are_written_and_the_run_can_be_evaluated(edit_run, scene_data, num_views):
     views = sorted((edit_run / "edited").iterdir())
-    assert len(views) == 7  # two rounds of four
+    assert len(views) == num_views  # two rounds of four
     prior = load_prior("analytic")
     for path in views:
         original = read_image(scene_data / "images" / f"{path.stem[5:]}.png")
@@ -245,3 +245,20 @@ def test_scene_without_data(tmp_path):
     with pytest.raises(SystemExit, match="csd-scene-tiny: no data; set --data"):
         train_in_process("csd-scene-tiny", tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
+
+
+def test_csd_edit_takes_over_a_stock_run(stock_run, tmp_path):
+    # Its own defaults are for a GPU; the sizes come from the run.
+    run = train_in_process(
+        "csd-edit",
+        tmp_path,
+        1,
+        load_run=stock_run,
+        pipeline__prompt="make it night",
+        pipeline__prior="analytic",
+        pipeline__edit=QUICK,
+        pipeline__views_per_round=2,
+        pipeline__datamanager__train_num_rays_per_batch=64,
+    )
+    assert len(list((run / "edited").iterdir())) == 2
+    assert checkpoint(run)["pipeline"].keys() == checkpoint(stock_run)["pipeline"].keys()
