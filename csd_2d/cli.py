@@ -120,7 +120,7 @@ class Demo:
 
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")] = Path("csd_demo")
     """Folder for the results; must be new or empty."""
-    prompt: str = "paint it a new color"
+    prompt: str = "make it night"
     """What to change, as an instruction of the analytic prior."""
     seed: int = 0
     """Seed of the training and of the edit."""

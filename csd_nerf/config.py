@@ -66,11 +66,11 @@ def _tiny_model(**options: Any) -> SceneModelConfig:
         base_res=24,
         max_res=64,
         log2_hashmap_size=16,
-        hidden_dim=16,
-        hidden_dim_color=16,
+        hidden_dim=24,
+        hidden_dim_color=24,
         num_proposal_iterations=1,
         num_proposal_samples_per_ray=(24,),
-        num_nerf_samples_per_ray=12,
+        num_nerf_samples_per_ray=16,
         proposal_net_args_list=[
             {"hidden_dim": 16, "log2_hashmap_size": 15, "num_levels": 2, "max_res": 64, "use_linear": False}
         ],

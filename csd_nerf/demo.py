@@ -17,6 +17,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.models.base_model import Model
+from nerfstudio.models.nerfacto import NerfactoModelConfig
 from nerfstudio.pipelines.base_pipeline import Pipeline
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image, ImageDraw
@@ -27,10 +28,12 @@ from csd_2d.images import replacing, to_tensor, write_image
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.video import Clip, write_clip
 from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
-from csd_nerf.procedural_scene import NEAR_PLANE, intrinsics, turntable, write_scene
+from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntable, write_scene
 
-FILM_FRAMES = 48
-FILM_SIZE = (128, 96)
+VIEWS = 48
+FILM_FRAMES = 36
+FILM_SIZE = (96, 72)
+SHEET_VIEWS = 5
 SHEET_WIDTH = 240
 """Width of one picture of the contact sheet, in pixels."""
 
@@ -66,7 +69,7 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
     AnalyticPrior().encode_text(prompt)
     watch = _Stopwatch(stages=5)
     with watch.stage("writing a procedural scene"):
-        write_scene(folder / "scene", progress="views")
+        write_scene(folder / "scene", VIEWS, progress="views")
     with watch.stage("learning the scene (ns-train csd-scene-tiny)"):
         scene_run = _train(_scene_config(folder, seed))
     with watch.stage(f"editing it: {prompt} (ns-train csd-edit-tiny)"):
@@ -102,7 +105,9 @@ def _scene_config(folder: Path, seed: int) -> TrainerConfig:
     dataparser = config.pipeline.datamanager.dataparser  # type: ignore[attr-defined]
     dataparser.orientation_method = dataparser.center_method = "none"
     dataparser.auto_scale_poses = False
-    config.pipeline.model.near_plane = NEAR_PLANE  # type: ignore[attr-defined]
+    model: NerfactoModelConfig = config.pipeline.model  # type: ignore[assignment]
+    model.near_plane, model.far_plane = NEAR_PLANE, FAR_PLANE
+    model.proposal_initial_sampler = "uniform"
     return _demo_run(config, folder, seed)
 
 
@@ -181,8 +186,9 @@ class _NovelViews:
     def contact_sheet(self) -> Float[Tensor, "3 H W"]:
         """Rows: the scene before, after, and the exact answer; columns: views."""
         height = round(SHEET_WIDTH * self.true.shape[-2] / self.true.shape[-1])
-        rows = {"scene": self.before, "edited": self.after, "exact answer": self.answer}
-        sheet = Image.new("RGB", (SHEET_WIDTH * len(self.true), height * len(rows)))
+        shown = torch.linspace(0, len(self.true) - 1, min(SHEET_VIEWS, len(self.true))).long()
+        rows = {"scene": self.before[shown], "edited": self.after[shown], "exact answer": self.answer[shown]}
+        sheet = Image.new("RGB", (SHEET_WIDTH * len(shown), height * len(rows)))
         draw = ImageDraw.Draw(sheet)
         for row, (label, images) in enumerate(rows.items()):
             for column, image in enumerate(_enlarged(images, (height, SHEET_WIDTH))):
@@ -212,7 +218,7 @@ def _film(before: Model, after: Model) -> Clip:
     frames = []
     for i in tqdm(range(FILM_FRAMES), desc="film", unit="frame"):
         pair = torch.cat([_render(model, cameras[i : i + 1]) for model in (before, after)], dim=-1)
-        frames.append(torch.nn.functional.interpolate(pair[None], scale_factor=3, mode="bicubic").clamp(0, 1)[0])
+        frames.append(torch.nn.functional.interpolate(pair[None], scale_factor=4, mode="bicubic").clamp(0, 1)[0])
     return Clip(frames)
 
 

@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 
 from csd_2d.images import replacing, write_image
 
-SKY_RADIUS = 8.0
+SKY_RADIUS = 3.4
 ORBIT_RADII = (2.4, 3.1)
 """Distances of the cameras from the origin. The far ones see the air before the near ones: nothing can hang there."""
-NEAR_PLANE = 1.35
-"""Nothing lies nearer to a camera of the orbit."""
+NEAR_PLANE, FAR_PLANE = 1.35, 6.5
+"""Nothing lies nearer to a camera of the orbit, and nothing, the sky included, farther."""
 ELEVATIONS = (10.0, 25.0, 42.0)
 """Of the rings of cameras, in degrees above the meadow."""
 FIELD_OF_VIEW = 46.0
@@ -425,8 +425,9 @@ def write_scene(
     Every `HELD_OUT_EVERY`-th view is for evaluation, the others for training.
 
     The scene keeps the coordinates of this module when ns-train is given `nerfstudio-data --orientation-method none
-    --center-method none --auto-scale-poses False` (scale factor and scene scale are 1 by default). Nothing lies within
-    `NEAR_PLANE` of a camera: `--pipeline.model.near-plane` saves a radiance field from a picture hung before each.
+    --center-method none --auto-scale-poses False` (scale factor and scene scale are 1 by default). Everything lies
+    between `NEAR_PLANE` and `FAR_PLANE` of a camera: `--pipeline.model.near-plane` saves a radiance field from a picture
+    hung before each, and with the far plane `--pipeline.model.proposal-initial-sampler uniform` wastes no samples.
 
     Args:
         folder: made, with its parents; it appears when all files are written.

@@ -47,8 +47,8 @@ def _foggy(image: Tensor) -> Tensor:
 def _snowy(image: Tensor) -> Tensor:
     # Snow lies on whatever is not in deep shadow; greens turn white first.
     greenness = (image[..., 1:2, :, :] - image[..., :1, :, :].maximum(image[..., 2:, :, :])).clamp(0, 0.2) * 3
-    cover = (((_luma(image) - 0.12) / 0.4).clamp(0, 1) * 0.75 + greenness).clamp(0, 0.92)
-    return torch.lerp(_luma(image).expand_as(image), _rgb(image, 0.93, 0.96, 1.0).expand_as(image), cover)
+    cover = (((_luma(image) - 0.12) / 0.4).clamp(0, 1) * 0.65 + greenness).clamp(0, 0.85)
+    return torch.lerp(torch.lerp(_luma(image), image, 0.5), _rgb(image, 0.93, 0.96, 1.0).expand_as(image), cover)
 
 
 def _invert(image: Tensor) -> Tensor:

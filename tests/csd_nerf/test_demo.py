@@ -1,0 +1,50 @@
+"""`csd demo` from end to end, with so few steps that the scene stays a blur."""
+
+import dataclasses
+import json
+
+import pytest
+
+from csd_2d.cli import main
+from csd_2d.images import read_image
+from csd_2d.video import read_clip
+from csd_nerf import demo
+
+
+def with_steps(specification, steps, **pipeline):
+    config = dataclasses.replace(specification.config, max_num_iterations=steps)
+    config.pipeline = dataclasses.replace(config.pipeline, **pipeline)
+    return dataclasses.replace(specification, config=config)
+
+
+@pytest.mark.slow
+def test_demo_leaves_its_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "VIEWS", 10)
+    monkeypatch.setattr(demo, "FILM_FRAMES", 3)
+    monkeypatch.setattr(demo, "csd_scene_tiny", with_steps(demo.csd_scene_tiny, 60))
+    monkeypatch.setattr(
+        demo, "csd_edit_tiny", with_steps(demo.csd_edit_tiny, 60, steps_per_round=30, views_per_round=4)
+    )
+    folder = tmp_path / "demo"
+    main(["demo", str(folder), "--prompt", "invert the colors"])
+
+    report = json.loads((folder / "report.json").read_text())
+    psnr = report["psnr"]
+    assert psnr["edited_views_to_answer"] > psnr["unedited_views_to_answer"] + 2
+    assert report["answer"] == "1 of 1"
+    assert len(report["seconds"]) == 5 and report["seconds_total"] > 0
+    assert len(list((folder / "edited").glob("*.png"))) == 8
+    assert len(read_clip(folder / "turntable.mp4").frames) == 3
+    assert read_image(folder / "before_after.png").shape == (3, 3 * 180, 2 * 240)
+    output = capsys.readouterr().out
+    assert "[3/5] editing it: invert the colors" in output and f"wrote {folder}" in output
+
+
+def test_demo_refuses_unknown_prompts_and_full_folders(tmp_path):
+    with pytest.raises(SystemExit, match="it knows: make it night"):
+        main(["demo", str(tmp_path / "demo"), "--prompt", "make it fly"])
+    assert not (tmp_path / "demo").exists()
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file"):
+        with pytest.raises(SystemExit, match="is not an empty folder"):
+            main(["demo", str(output)])
