@@ -426,8 +426,9 @@ def write_scene(
 
     The scene keeps the coordinates of this module when ns-train is given `nerfstudio-data --orientation-method none
     --center-method none --auto-scale-poses False` (scale factor and scene scale are 1 by default). Everything lies
-    between `NEAR_PLANE` and `FAR_PLANE` of a camera: `--pipeline.model.near-plane` saves a radiance field from a picture
-    hung before each, and with the far plane `--pipeline.model.proposal-initial-sampler uniform` wastes no samples.
+    between `NEAR_PLANE` and `FAR_PLANE` of a camera: `--pipeline.model.near-plane` saves a radiance field from a
+    picture hung before each, and with the far plane `--pipeline.model.proposal-initial-sampler uniform` wastes no
+    samples.
 
     Args:
         folder: made, with its parents; it appears when all files are written.

@@ -175,7 +175,7 @@ def test_transparency_is_put_on_white(tmp_path):
 
 
 def test_a_diffusion_model_edits_a_panorama_and_a_video(tiny_pipeline_folder):
-    """Random weights cannot follow an instruction; that latents move, sizes stay and nothing breaks is what they show."""
+    """Random weights follow no instruction; they show that latents move, sizes stay and nothing breaks."""
     prior = load_prior(str(tiny_pipeline_folder))
     # On random weights guidance of 7.5 diverges: their estimates are not those of a denoiser.
     config = EditConfig(steps=3, guidance_scale=1.5, lr=0.1, batch=3, joint_steps=1)
