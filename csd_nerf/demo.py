@@ -31,6 +31,7 @@ from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
 from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntable, write_scene
 
 VIEWS = 48
+SCENE_STEPS = 800
 FILM_FRAMES = 36
 FILM_SIZE = (96, 72)
 SHEET_VIEWS = 5
@@ -102,6 +103,7 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
 def _scene_config(folder: Path, seed: int) -> TrainerConfig:
     config = copy.deepcopy(csd_scene_tiny.config)
     config.data = folder / "scene"
+    config.max_num_iterations = SCENE_STEPS
     dataparser = config.pipeline.datamanager.dataparser  # type: ignore[attr-defined]
     dataparser.orientation_method = dataparser.center_method = "none"
     dataparser.auto_scale_poses = False
@@ -225,7 +227,7 @@ def _film(before: Model, after: Model) -> Clip:
 def _settings() -> dict[str, object]:
     pipeline = csd_edit_tiny.config.pipeline
     return {
-        "scene_steps": csd_scene_tiny.config.max_num_iterations,
+        "scene_steps": SCENE_STEPS,
         "edit_steps": csd_edit_tiny.config.max_num_iterations,
         "steps_per_round": pipeline.steps_per_round,  # type: ignore[attr-defined]
         "views_per_round": pipeline.views_per_round,  # type: ignore[attr-defined]

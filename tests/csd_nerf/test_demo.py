@@ -21,7 +21,7 @@ def with_steps(specification, steps, **pipeline):
 def test_demo_leaves_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "VIEWS", 10)
     monkeypatch.setattr(demo, "FILM_FRAMES", 3)
-    monkeypatch.setattr(demo, "csd_scene_tiny", with_steps(demo.csd_scene_tiny, 60))
+    monkeypatch.setattr(demo, "SCENE_STEPS", 60)
     monkeypatch.setattr(
         demo, "csd_edit_tiny", with_steps(demo.csd_edit_tiny, 60, steps_per_round=30, views_per_round=4)
     )
