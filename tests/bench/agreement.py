@@ -1,12 +1,14 @@
-"""Do particles agree on one answer to an ambiguous instruction, and how close do they come to it?
+r"""Do particles agree on one answer to an ambiguous instruction, and how close do they come to it?
 
 Every particle gets "paint it a new color" of the analytic prior, six equally likely answers. Reported for each variant
 and number of particles N, over seeds: the share of particles on the most common answer (1/6 would be chance for
 N -> infinity), and the PSNR of each particle to the exact answer it took.
 
-    python tests/bench/agreement.py --frames FOLDER --seeds 20 --output agreement.json
+    python tests/bench/agreement.py --frames FOLDER --output agreement.json
+    python tests/bench/agreement.py --counts 48 --batch 8 --seeds 10 \
+        --variants default "default, no joint steps" --output joint_steps.json
 
-Without --frames the particles are smooth random images.
+Without --frames the particles are smooth random images. --batch makes a step take a part of the particles.
 """
 
 import dataclasses
@@ -24,8 +26,8 @@ from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.video import read_clip
 
 PROMPT = "paint it a new color"
-DEFAULT = EditConfig(batch=0)
-PAPER = dataclasses.replace(load_preset("paper"), batch=0)
+DEFAULT = EditConfig()
+PAPER = load_preset("paper")
 PLAIN = dataclasses.replace(DEFAULT, bandwidth_scale=1.0, bandwidth_scale_end=1.0)
 VARIANTS = {
     "SVGD off": dataclasses.replace(DEFAULT, svgd=False),
@@ -38,7 +40,8 @@ VARIANTS = {
     "clean, normalised, bandwidth x10": dataclasses.replace(PLAIN, bandwidth_scale=10.0, bandwidth_scale_end=10.0),
     "clean, normalised, bandwidth x100": dataclasses.replace(PLAIN, bandwidth_scale=100.0, bandwidth_scale_end=100.0),
     "clean, normalised, bandwidth x100 to x1": dataclasses.replace(PLAIN, bandwidth_scale=100.0),
-    "default (x100 to x0.01)": DEFAULT,
+    "default": DEFAULT,
+    "default, no joint steps": dataclasses.replace(DEFAULT, joint_steps=0),
 }
 
 
@@ -62,6 +65,8 @@ def main(
     seeds: int = 20,
     steps: int = 60,
     counts: tuple[int, ...] = (1, 2, 4, 8, 16),
+    batch: int = 0,
+    variants: tuple[str, ...] = tuple(VARIANTS),
     height: int = 27,
     width: int = 48,
 ) -> None:
@@ -71,16 +76,17 @@ def main(
     if frames is not None:
         clip = F.interpolate(torch.stack(read_clip(frames).frames), (height, width), mode="area")
     rows = []
-    for name, variant in VARIANTS.items():
+    for name in variants:
         for count in counts:
             start = time.monotonic()
             results = []
             for seed in range(seeds):
+                config = dataclasses.replace(VARIANTS[name], steps=steps, batch=batch, seed=seed)
                 if clip is None:
                     images = _smooth_images(count, height, width, seed)
                 else:
                     images = clip[:: max(len(clip) // count, 1)][:count]
-                results.append(_measure(images, dataclasses.replace(variant, steps=steps, seed=seed)))
+                results.append(_measure(images, config))
             agreement, psnr = torch.tensor(results).unbind(1)
             rows.append(
                 {
@@ -93,7 +99,9 @@ def main(
                 }
             )
             print(rows[-1], flush=True)
-    output.write_text(json.dumps({"prompt": PROMPT, "seeds": seeds, "steps": steps, "rows": rows}, indent=1))
+    output.write_text(
+        json.dumps({"prompt": PROMPT, "seeds": seeds, "steps": steps, "batch": batch, "rows": rows}, indent=1)
+    )
 
 
 if __name__ == "__main__":
