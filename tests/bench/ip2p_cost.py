@@ -1,9 +1,9 @@
 """Time and memory of an edit with a model of InstructPix2Pix's size.
 
-Weights are random (nothing is downloaded), the architecture is that of timbrooks/instruct-pix2pix, and images are
-512 px: what an edit costs does not depend on what the weights say. Each setting is measured in the same run:
+Weights are random (nothing is downloaded), the architecture is that of timbrooks/instruct-pix2pix: what an edit costs
+does not depend on what the weights say. All settings are measured in one run:
 
-    python tests/bench/ip2p_cost.py --device cuda --output ip2p_cost.json
+    python -m tests.bench.ip2p_cost --device cuda --output ip2p_cost.json
 """
 
 import json
@@ -85,6 +85,7 @@ def main(
     device: str = "cuda",
     dtype: str | None = None,
     steps: int = 10,
+    pixels: int = 512,
     batches: tuple[int, ...] = (1, 4, 8, 16),
     micro_batches: tuple[int, ...] = (4, 16),
 ) -> None:
@@ -98,7 +99,7 @@ def main(
                 if device == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
-                images = torch.rand(1, 3, 512, 512, device=device)
+                images = torch.rand(1, 3, pixels, pixels, device=device)
                 with torch.no_grad():
                     source, condition = (
                         encode(images).expand(batch, -1, -1, -1) for encode in (prior.encode, prior.condition)
@@ -126,7 +127,7 @@ def main(
                 )
                 print(rows[-1], flush=True)
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    output.write_text(json.dumps({"device": name, "pixels": 512, "rows": rows}, indent=1))
+    output.write_text(json.dumps({"device": name, "pixels": pixels, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
