@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from csd_2d.edit import EditConfig, StepInfo, edit
@@ -21,7 +21,11 @@ SMALLEST = 8
 
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
-    """RGB in [0, 1]; transparency is put on white."""
+    """RGB in [0, 1]; transparency is put on white, a camera's rotation mark is obeyed."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip at 255
+        grey = torch.from_numpy(np.array(image).astype(np.float32) / 65535)
+        return grey.clamp(0, 1).expand(3, -1, -1).clone()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

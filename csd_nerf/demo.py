@@ -83,19 +83,19 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
         write_image(novel.contact_sheet(), folder / "before_after.png")
         write_clip(film, folder / "turntable.mp4")
         (edit_run.parent / "edited").rename(folder / "edited")
-        report = {
-            "prompt": prompt,
-            "seed": seed,
-            "answer": novel.answer_name,
-            "psnr": novel.psnr(),
-            "seconds": watch.seconds,
-            "seconds_total": round(sum(watch.seconds.values()), 1),
-            "settings": _settings(),
-            "versions": {name: version(name) for name in ("csd-edit", "nerfstudio", "torch")},
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        }
-        with replacing(folder / "report.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    report = {
+        "prompt": prompt,
+        "seed": seed,
+        "answer": novel.answer_name,
+        "psnr": novel.psnr(),
+        "seconds": watch.seconds,
+        "seconds_total": round(sum(watch.seconds.values()), 1),
+        "settings": _settings(),
+        "versions": {name: version(name) for name in ("csd-edit", "nerfstudio", "torch")},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    with replacing(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
     _announce(report)
     return folder
 

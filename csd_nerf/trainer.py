@@ -13,6 +13,7 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.models.nerfacto import NerfactoModelConfig
+from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from csd_2d.edit import NonFiniteError
@@ -62,6 +63,14 @@ class SceneTrainerConfig(TrainerConfig):
         check_data(self.pipeline.datamanager.data, self.dataparser)
 
 
+def _close_event_writers() -> None:
+    """nerfstudio keeps them in a global list: a second run in one process would write into the first one's files."""
+    for event_writer in writer.EVENT_WRITERS:
+        if isinstance(event_writer, writer.TensorboardWriter):
+            event_writer.tb_writer.close()
+    writer.EVENT_WRITERS.clear()
+
+
 class SceneTrainer(Trainer):
     """nerfstudio's trainer, whose errors are one sentence.
 
@@ -71,6 +80,7 @@ class SceneTrainer(Trainer):
     config: SceneTrainerConfig  # type: ignore[assignment]
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        _close_event_writers()
         with self._cleaning(), one_sentence(self.config.method_name):
             try:
                 super().setup(test_mode)
@@ -90,6 +100,7 @@ class SceneTrainer(Trainer):
             yield
         except SystemExit:
             if not any(self.checkpoint_dir.glob("*.ckpt")):
+                _close_event_writers()
                 for pattern in ("config.yml", "dataparser_transforms.json", "events.out.tfevents.*"):
                     for path in self.base_dir.glob(pattern):
                         path.unlink()

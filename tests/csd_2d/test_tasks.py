@@ -169,6 +169,15 @@ def test_padding_mirrors_as_often_as_needed():
     assert pad(row, 1, 8).flatten().tolist() == [0, 1, 2, 2, 1, 0, 0, 1]
 
 
+def test_deep_grey_images_and_rotation_marks_are_read_as_meant(tmp_path):
+    Image.fromarray(np.full((8, 10), 32768, np.uint16)).save(tmp_path / "deep.png")
+    torch.testing.assert_close(read_image(tmp_path / "deep.png"), torch.full((3, 8, 10), 0.5), atol=1e-4, rtol=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn 90 degrees clockwise
+    Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 20, 10)
+
+
 def test_transparency_is_put_on_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (to_array(read_image(tmp_path / "clear.png")) == 255).all()
