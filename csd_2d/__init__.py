@@ -1,7 +1,8 @@
 """Collaborative Score Distillation: edit a set of images together, from one sentence."""
 
 from csd_2d.csd import add_noise, edit_residual, guidance_weights, surrogate_loss, svgd_direction
-from csd_2d.edit import EditConfig, NonFiniteError, StepInfo, edit, load_preset
+from csd_2d.edit import EditConfig, StepInfo, edit, load_preset
+from csd_2d.errors import NonFiniteError
 from csd_2d.kernels import Kernel, KernelMatrix, RBFKernel
 from csd_2d.particles import CanvasCrops, LatentStack, Particles
 from csd_2d.priors import Prior, load_prior

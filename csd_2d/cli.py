@@ -7,14 +7,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import tyro
-from PIL import Image
 
 from csd_2d.edit import EditConfig, check_prompt, load_preset
-from csd_2d.images import read_image, write_image
+from csd_2d.errors import one_sentence
+from csd_2d.images import IMAGE_SUFFIXES, read_image, write_image
 from csd_2d.priors import DEFAULT_MODEL, Prior, load_prior
 
 
@@ -71,9 +72,11 @@ class Panorama:
     def run(self) -> str:
         from csd_2d.panorama import edit_panorama
 
-        if self.output.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"output {self.output} does not end like an image file, e.g. in .png or .jpg.")
-        _check_output(self.output)
+        if self.output.suffix.lower() not in IMAGE_SUFFIXES:
+            raise ValueError(f"output {self.output} must end in one of {', '.join(IMAGE_SUFFIXES)}.")
+        _check_output(self.output, self.input)
+        if self.output.is_dir():
+            raise ValueError(f"output {self.output} is a folder, but its name ends like an image file's.")
         image = read_image(self.input)
         prior = self.model.load(self.prompt)
         edited = edit_panorama(image, prior, self.prompt, self.edit, self.stride, progress="editing")
@@ -102,9 +105,9 @@ class Video:
     def run(self) -> str:
         from csd_2d.video import check_video_output, edit_video, read_clip, write_clip
 
-        check_video_output(self.output)
-        _check_output(self.output)
+        _check_output(self.output, self.input)
         clip = read_clip(self.input)
+        check_video_output(self.output, clip)
         prior = self.model.load(self.prompt)
         edited = edit_video(clip, prior, self.prompt, self.edit, progress="editing")
         write_clip(edited, self.output)
@@ -118,8 +121,8 @@ class Demo:
     Needs nerfstudio (pip install "csd-edit[nerf]").
     """
 
-    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")] = Path("csd_demo")
-    """Folder for the results; must be new or empty."""
+    output: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT")] = None
+    """Folder for the results, new or empty. Default: csd_demo, or csd_demo_2 and so on where that is taken."""
     prompt: str = "make it night"
     """What to change, as an instruction of the analytic prior."""
     seed: int = 0
@@ -130,17 +133,21 @@ class Demo:
             raise ImportError('csd demo needs nerfstudio: pip install "csd-edit[nerf]".')
         from csd_nerf.demo import run_demo
 
-        if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
-            raise ValueError(f"output {self.output} exists and is not an empty folder.")
-        _check_output(self.output)
-        return str(run_demo(self.output, self.prompt, self.seed))
+        names = (Path(f"csd_demo_{i}" if i > 1 else "csd_demo") for i in count(1))
+        output = self.output or next(name for name in names if not name.exists())
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise ValueError(f"output {output} exists and is not an empty folder.")
+        _check_output(output)
+        return str(run_demo(output, self.prompt, self.seed))
 
 
-def _check_output(path: Path) -> None:
-    """Raises, before any work is done, if nothing can be written at `path`."""
+def _check_output(path: Path, source: Path | None = None) -> None:
+    """Raises, before any work is done, if nothing can be written at `path`, or the source lies there."""
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"output {path} cannot be written: no permission to write in {existing}.")
+        raise ValueError(f"output {path} cannot be written: {existing} is no folder one can write in.")
+    if source is not None and source.exists() and path.exists() and path.samefile(source):
+        raise ValueError(f"output {path} is the input itself; name another.")
 
 
 _DESCRIPTION = f"""Edit a set of images together, from one sentence, so that they stay consistent.
@@ -170,12 +177,10 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Demo:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: one sentence and exit code 1 for what a user can mend, 130 after Ctrl-C."""
     try:
-        command = _parse(arguments)
-        start = time.monotonic()
-        result = command.run()
-        print(f"wrote {result} in {time.monotonic() - start:.0f} s")
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        sys.exit(f"csd: {error}")
+        with one_sentence("csd"):
+            command = _parse(arguments)
+            start = time.monotonic()
+            print(f"wrote {command.run()} in {time.monotonic() - start:.0f} s")
     except KeyboardInterrupt:
-        print("csd: interrupted; nothing was written.", file=sys.stderr)
+        print("csd: interrupted.", file=sys.stderr)
         sys.exit(130)

@@ -5,16 +5,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import yaml
 from tqdm.auto import tqdm
 
 from csd_2d.csd import Baseline, add_noise, edit_residual, surrogate_loss, svgd_direction
+from csd_2d.errors import NonFiniteError
 from csd_2d.kernels import RBFKernel
 from csd_2d.particles import NoiseMode, Particles
 from csd_2d.priors import Prior
+
+JOINT_PARTICLES = 256
+"""Most particles in a joint step: what is mixed at once is held in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class EditConfig:
     batch: int = 8
     """Particles drawn for one step; 0 takes all of them every step."""
     joint_steps: int = 4
-    """First steps in which all particles take part whatever `batch` is: before each commits to an answer of its own."""
+    """First steps in which all particles take part whatever `batch` is (of over 256, as many evenly spread): before
+    each commits to an answer of its own."""
     guidance_scale: float | None = None
     """Text guidance scale omega_y. Default: the prior's."""
     image_guidance_scale: float | None = None
@@ -72,10 +77,24 @@ class EditConfig:
             ("max_timestep", 0, 1),
             ("bandwidth_scale", 1e-12, 1e12),
             ("bandwidth_scale_end", 1e-12, 1e12),
+            ("seed", 0, 2**40),
         ):
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:  # also catches NaN
-                raise ValueError(f"{name} must be from {low} to {high}, got {value}.")
+            if value is None and name in ("guidance_scale", "image_guidance_scale"):
+                continue
+            kind = int if isinstance(getattr(type(self), name), int) else int | float
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # NaN, too
+                whole = "a whole number " if kind is int else ""
+                raise ValueError(f"{name} must be {whole}from {low} to {high}, got {value}.")
+        for name, choices in (
+            ("baseline", get_args(Baseline)),
+            ("kernel_input", ("clean", "noisy")),
+            ("noise", get_args(NoiseMode)),
+            ("svgd", (True, False)),
+            ("normalize_rows", (True, False)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(self, name)}.")
         if self.min_timestep > self.max_timestep:
             raise ValueError(
                 f"min_timestep must not exceed max_timestep, got {self.min_timestep} and {self.max_timestep}."
@@ -109,12 +128,8 @@ def load_preset(name: str) -> EditConfig:
     try:
         settings = yaml.safe_load(source.read_text()) or {}
         return EditConfig(**settings)
-    except (TypeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"preset {name} cannot be used: {error}") from error
-
-
-class NonFiniteError(ArithmeticError):
-    """Latents became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -177,19 +192,20 @@ def edit(
     config = config or EditConfig()
     check_prompt(prompt)
     text = prior.encode_text(prompt)
-    scales = (
-        prior.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        prior.image_guidance_scale if config.image_guidance_scale is None else config.image_guidance_scale,
-    )
+    scales = {
+        name: getattr(prior if getattr(config, name) is None else config, name)
+        for name in ("guidance_scale", "image_guidance_scale")
+    }
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.SGD(particles.parameters(), lr=config.lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_decay_every, config.lr_decay)
     drawn = batches(len(particles), config.batch, generator)
+    everyone = torch.linspace(0, len(particles) - 1, min(len(particles), JOINT_PARTICLES)).round().long().tolist()
     lowest = round(config.min_timestep * (prior.num_timesteps - 1))
     highest = round(config.max_timestep * (prior.num_timesteps - 1))
 
     for step in tqdm(range(config.steps), desc=progress, disable=progress is None, unit="step"):
-        indices = list(range(len(particles))) if step < config.joint_steps else next(drawn)
+        indices = everyone if step < config.joint_steps else next(drawn)
         timestep = int(torch.randint(lowest, highest + 1, (), generator=generator))
         alpha, sigma = prior.alpha_sigma(timestep)
 
@@ -198,8 +214,13 @@ def edit(
         noise = particles.noise(indices, config.noise, generator)
         x_t = add_noise(clean, noise, alpha, sigma)
         source_t = add_noise(particles.source(indices), noise, alpha, sigma)
-        residual = edit_residual(
-            prior, x_t, source_t, noise, timestep, particles.condition(indices), text, *scales, config.baseline
+        condition = particles.condition(indices)
+        size = config.batch or len(indices)  # a joint step takes no more memory in the prior than any other
+        residual = torch.cat(
+            [
+                edit_residual(prior, *rows, timestep=timestep, text=text, **scales, baseline=config.baseline)
+                for rows in zip(*(stack.split(size) for stack in (x_t, source_t, noise, condition)), strict=True)
+            ]
         )
         direction = -residual
         if config.svgd:
@@ -213,7 +234,7 @@ def edit(
         if not all(bool(p.isfinite().all()) for p in particles.parameters()):
             raise NonFiniteError(
                 f"latents are not finite after step {step + 1} of {config.steps} (timestep {timestep}); "
-                f"lower lr (now {config.lr}) or the guidance scales (now {scales[0]} and {scales[1]})."
+                f"lower lr (now {config.lr}) or the guidance scales (now {' and '.join(map(str, scales.values()))})."
             )
         if on_step is not None:
             on_step(StepInfo(step, timestep, indices, residual.square().mean().sqrt().item()))

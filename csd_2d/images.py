@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from csd_2d.edit import EditConfig, StepInfo, edit
 from csd_2d.particles import LatentStack
 from csd_2d.priors import Prior
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+"""Formats written: those that keep any size."""
 SMALLEST = 8
 """Shortest side, in pixels, of an image that can be edited."""
 
@@ -74,7 +77,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_image(image: Float[Tensor, "3 H W"], path: Path) -> None:
     """Writes RGB in [0, 1] in the format the name ends in."""
     with replacing(path) as temporary:
-        Image.fromarray(to_array(image)).save(temporary)
+        # Of the formats written only these two are lossy by default.
+        lossy: dict[str, dict[str, Any]] = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"quality": 95}}
+        suffix = path.suffix.lower().replace("jpeg", "jpg")
+        Image.fromarray(to_array(image)).save(temporary, **lossy.get(suffix, {}))
 
 
 def pad(images: Float[Tensor, "n c h w"], height: int, width: int) -> Float[Tensor, "n c height width"]:

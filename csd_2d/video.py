@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import torch
 from av.error import FFmpegError
 from jaxtyping import Float
@@ -71,10 +72,7 @@ def read_clip(path: Path) -> Clip:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video.")
             stream = container.streams.video[0]
-            frames = [
-                torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
-                for frame in container.decode(stream)
-            ]
+            frames = [_upright(frame) for frame in container.decode(stream)]
             rate = stream.average_rate or Clip.rate
     except FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video ({error.strerror}).") from error
@@ -85,26 +83,30 @@ def read_clip(path: Path) -> Clip:
     return Clip(frames, rate)
 
 
-def write_clip(clip: Clip, path: Path) -> None:
-    """Writes a video file, if the name ends like one, or else a folder of PNG images.
+def _upright(frame: av.VideoFrame) -> Float[Tensor, "3 H W"]:
+    """RGB in [0, 1], turned as the camera was held."""
+    array = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
 
-    Raises:
-        ValueError: if a video is asked for and the frames differ in size.
-    """
+
+def write_clip(clip: Clip, path: Path) -> None:
+    """Writes a video file, if the name ends like one, or else a folder of PNG images. See `check_video_output`."""
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         _write_folder(clip, path)
         return
     height, width = clip.frames[0].shape[-2:]
-    if any(frame.shape[-2:] != (height, width) for frame in clip.frames):
-        raise ValueError(f"frames differ in size and cannot become the video {path}; name a folder instead.")
     with replacing(path) as temporary, av.open(str(temporary), "w") as container:
         stream = container.add_stream("libvpx-vp9" if path.suffix.lower() == ".webm" else "libx264", rate=clip.rate)
         stream.width, stream.height = width, height
         # 4:2:0 halves colour in both directions and needs even sizes; most players want it.
         stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
         stream.options = {"crf": "16"}
+        # Said and done in BT.709: untagged, players take large pictures for it and small ones for BT.601.
+        for name in ("colorspace", "color_primaries", "color_trc", "color_range"):
+            setattr(stream.codec_context, name, 1)
         for frame in clip.frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(to_array(frame), format="rgb24")))
+            rgb = av.VideoFrame.from_ndarray(to_array(frame), format="rgb24")
+            container.mux(stream.encode(rgb.reformat(format=stream.pix_fmt, dst_colorspace="ITU709")))
         container.mux(stream.encode())
 
 
@@ -118,12 +120,14 @@ def _write_folder(clip: Clip, path: Path) -> None:
         os.replace(folder, path)  # an empty folder is replaced, one with files raises
 
 
-def check_video_output(path: Path) -> None:
-    """Raises ValueError, before any work is done, if `write_clip` could not write there."""
+def check_video_output(path: Path, clip: Clip) -> None:
+    """Raises ValueError, before any work is done, if `write_clip` could not write such a clip there."""
     if path.suffix.lower() in VIDEO_SUFFIXES:
         if path.is_dir():
             raise ValueError(f"output {path} is a folder, but its name ends like a video file's.")
-    elif path.is_file():
-        raise ValueError(f"output {path} is a file; name a folder or end it in {', '.join(VIDEO_SUFFIXES)}.")
+        if len({frame.shape for frame in clip.frames}) > 1:
+            raise ValueError(f"frames differ in size and cannot become the video {path}; name a folder instead.")
+    elif path.is_file() or path.suffix[1:].isalpha():
+        raise ValueError(f"output {path} must be a folder, or end in one of {', '.join(VIDEO_SUFFIXES)}.")
     elif path.is_dir() and any(path.iterdir()):
         raise ValueError(f"output folder {path} is not empty.")

@@ -1,5 +1,6 @@
 """The methods ns-train knows from this package. Every ns-* command imports this module: it stays light."""
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,10 @@ def _allow_numpy_scalars() -> None:
     Optimiser and scheduler states hold numpy scalars, which torch does not trust by itself. The second name of
     `scalar` is the one numpy 1 writes.
     """
-    scalar: Any = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    try:
+        scalar: Any = import_module("numpy._core.multiarray").scalar
+    except ImportError:  # numpy 1.25 and older
+        scalar = import_module("numpy.core.multiarray").scalar
     torch.serialization.add_safe_globals(
         [
             np.dtype,

@@ -35,6 +35,9 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """Take the diffusion model from the local cache; ask no hub."""
     edit: EditConfig = field(default_factory=EditConfig)
     """The joint edit of one round's views."""
+    preset: str = "default"
+    """Another than `default` takes the place of all settings under `edit` but the seed: a name in configs/ (`paper` is
+    the published algorithm), or a .yaml file."""
     views_per_round: int = 16
     """Training views edited together in one round (paper: 16); 0 takes all of them."""
     steps_per_round: int = 2000

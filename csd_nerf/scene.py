@@ -59,5 +59,14 @@ class TrainingViews:
         return rgb.clamp(0, 1).permute(2, 0, 1).float().cpu()
 
     def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
-        """Puts an image in place of the one the view is trained on. Alpha stays."""
-        self._supervision[self._row[index]][..., :3] = image.permute(1, 2, 0)
+        """Puts an image in place of the one the view is trained on.
+
+        Alpha stays, and the background that `original` put behind it is taken away again: training adds its own.
+        """
+        rgb = image.permute(1, 2, 0)
+        unedited = self._dataset[index]["image"]
+        if unedited.shape[-1] == 4:
+            alpha = unedited[..., 3:]
+            background = self.original(index).permute(1, 2, 0) - alpha * unedited[..., :3]
+            rgb = torch.where(alpha > 0, (rgb - background) / alpha.clamp(min=1 / 255), rgb).clamp(0, 1)
+        self._supervision[self._row[index]][..., :3] = rgb

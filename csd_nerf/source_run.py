@@ -76,14 +76,16 @@ def read_run(path: Path) -> SourceRun:
         pipeline = config["pipeline"]
         model, datamanager = pipeline["model"], pipeline["datamanager"]
         dataparser, checkpoints = datamanager["dataparser"], config_path.parent / config["relative_model_dir"]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        data = Path(datamanager.get("data") or dataparser["data"])
+        if not (isinstance(model, _Object) and isinstance(dataparser, _Object)):
+            raise TypeError("model and data parser must be objects")
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"--load-run {config_path} is not the config of a nerfstudio run.") from error
     if "proposal_net_args_list" not in model or "num_nerf_samples_per_ray" not in model:
         raise ValueError(
             f"--load-run {config_path} is a run of '{config.get('method_name')}'; expected nerfacto or csd-scene-tiny."
         )
-    data = datamanager.get("data") or dataparser.get("data")
-    return SourceRun(dict(model), _dataparser(dataparser, config_path), Path(data), checkpoints)
+    return SourceRun(dict(model), _dataparser(dataparser, config_path), data, checkpoints)
 
 
 def _dataparser(values: _Object, config_path: Path) -> DataParserConfig:
@@ -124,8 +126,10 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint at {path}.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        pipeline = loaded["pipeline"]
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        pipeline: dict[str, Tensor] = loaded["pipeline"]
+        if not all(isinstance(value, Tensor) for value in pipeline.values()):
+            raise TypeError("a pipeline's state is tensors")
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as a nerfstudio checkpoint.") from error
     return {
         key.removeprefix("module.").replace("_model.module.", "_model.", 1): value for key, value in pipeline.items()

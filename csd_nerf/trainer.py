@@ -16,18 +16,11 @@ from nerfstudio.models.nerfacto import NerfactoModelConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from csd_2d.edit import NonFiniteError
+from csd_2d.edit import load_preset
+from csd_2d.errors import one_sentence
+from csd_2d.priors import check_prior
 from csd_nerf.pipeline import CsdEditPipelineConfig
 from csd_nerf.source_run import check_data, check_images, find_checkpoint, implementation, read_checkpoint, read_run
-
-
-@contextlib.contextmanager
-def one_sentence(method: str | None) -> Iterator[None]:
-    """Ends the program with the error's message in place of a traceback: ns-train itself catches nothing."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, NonFiniteError) as error:
-        raise SystemExit(f"{method}: {error}") from error
 
 
 @dataclass
@@ -117,7 +110,8 @@ class EditTrainerConfig(SceneTrainerConfig):
     _target: type = field(default_factory=lambda: EditTrainer)
     load_run: Path | None = None
     """Config of the pretrained nerfacto run, RUN/config.yml. Its model's sizes, its data parser and its data are taken
-    over; --data overrides where the data lie. The file is read, not executed."""
+    over, whatever the options of the same name say; --data overrides where the data lie. The file is read, not
+    executed."""
     pipeline: CsdEditPipelineConfig = field(default_factory=CsdEditPipelineConfig)  # type: ignore[assignment]
     """The edit."""
 
@@ -128,6 +122,13 @@ class EditTrainerConfig(SceneTrainerConfig):
             ValueError, OSError: if something is missing or cannot be used.
         """
         self._settle_prompt()
+        check_prior(self.pipeline.prior, self.pipeline.prompt)
+        if self.pipeline.preset != "default":
+            self.pipeline.edit = dataclasses.replace(load_preset(self.pipeline.preset), seed=self.pipeline.edit.seed)
+        if self.machine.num_devices * self.machine.num_machines > 1:
+            raise ValueError(
+                f"editing runs on one device; set --machine.num-devices 1, not {self.machine.num_devices}."
+            )
         given = [name for name in ("load_run", "load_dir", "load_checkpoint") if getattr(self, name) is not None]
         if len(given) != 1:
             options = " and ".join("--" + name.replace("_", "-") for name in given) or "neither of them"

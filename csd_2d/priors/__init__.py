@@ -84,20 +84,29 @@ def load_prior(
         OSError: if a model cannot be read or downloaded.
     """
     device = _checked_device(device)
+    check_prior(name)
     if name == "analytic":
         from csd_2d.priors.analytic import AnalyticPrior
 
         return AnalyticPrior(device=device)
-    if name == "ip2p":
-        name = DEFAULT_MODEL
-    if not Path(name).is_dir() and name.count("/") != 1:
+    from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
+
+    model = DEFAULT_MODEL if name == "ip2p" else name
+    return InstructPix2PixPrior.from_pretrained(model, device, dtype, offload, local_files_only, micro_batch)
+
+
+def check_prior(name: str, prompt: str | None = None) -> None:
+    """Raises ValueError, without loading a model, if there is no such prior or it cannot follow the prompt."""
+    if name == "analytic":
+        from csd_2d.priors.analytic import AnalyticPrior
+
+        if prompt is not None:
+            AnalyticPrior().encode_text(prompt)
+    elif name != "ip2p" and not Path(name).is_dir() and name.count("/") != 1:
         raise ValueError(
             f"unknown prior '{name}'; expected 'analytic', 'ip2p' ({DEFAULT_MODEL}), a folder with a diffusers "
             "InstructPix2Pix pipeline, or a hub id like 'owner/model'."
         )
-    from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
-
-    return InstructPix2PixPrior.from_pretrained(name, device, dtype, offload, local_files_only, micro_batch)
 
 
 def _checked_device(name: str | torch.device) -> torch.device:

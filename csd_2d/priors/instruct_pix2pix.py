@@ -186,10 +186,12 @@ class InstructPix2PixPrior:
         if network is not self.unet:
             self.unet.to("cpu")
         network.to(self.device)
-        yield
-        # Gradients that still have to flow back through the VAE need its weights where they are.
-        if network is not self.unet and not torch.is_grad_enabled():
-            network.to("cpu")
+        try:
+            yield
+        finally:
+            # Gradients that still have to flow back through the VAE need its weights where they are.
+            if network is not self.unet and not torch.is_grad_enabled():
+                network.to("cpu")
 
     def _tile_padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Cells to add at the right and bottom, as `F.pad` takes them.

@@ -78,7 +78,9 @@ def errors(folder):
         "latents are not finite after step": [
             *["panorama", picture, out, *NIGHT, "--lr", "10000", "--guidance-scale", "1000"]
         ],
-        "does not end like an image": ["panorama", picture, str(folder / "out.xyz"), *NIGHT],
+        "must end in one of": ["panorama", picture, str(folder / "out.xyz"), *NIGHT],
+        "is the input itself": ["panorama", picture, picture, *NIGHT],
+        "must be a folder, or end in": ["video", str(folder / "in.mp4"), str(folder / "out.gif"), *NIGHT],
         "cannot be written": ["panorama", picture, str(folder / "in.png" / "out.png"), *NIGHT],
         "is not empty": ["video", str(folder / "in.mp4"), str(folder), *NIGHT],
         "device 'tpu9' cannot be used": ["panorama", picture, out, *NIGHT, "--device", "tpu9"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 from collections import Counter
 
 import pytest
@@ -67,7 +68,7 @@ def test_residual_equals_the_six_branch_formula_with_fewer_evaluations(guidance_
     expected = guided(x_t, guidance_scale) - guided(source_t, 0.0)
     scales = (guidance_scale, image_guidance_scale)
     with torch.no_grad():
-        residual = edit_residual(prior, x_t, source_t, noise, 400, source, text, *scales)
+        residual = edit_residual(prior, x_t, source_t, noise, source, 400, text, *scales)
     torch.testing.assert_close(residual, expected, rtol=1e-12, atol=1e-12)
     assert prior.rows == rows * len(x_0)
 
@@ -76,7 +77,7 @@ def test_other_baselines(stack):
     prior = AnalyticPrior()
     x = torch.randn(2, 3, 4, 4)
     noise = torch.randn(2, 3, 4, 4)
-    arguments = (prior, x, x, noise, 300, x, prior.encode_text("make it sepia"), 1.0, 1.0)
+    arguments = (prior, x, x, noise, x, 300, prior.encode_text("make it sepia"), 1.0, 1.0)
     plain = edit_residual(*arguments, baseline="none")
     torch.testing.assert_close(edit_residual(*arguments, baseline="noise"), plain - noise)
     torch.testing.assert_close(plain, prior.noise_estimate(x, 300, x, arguments[6], ["text", "text"]))
@@ -168,6 +169,28 @@ def test_joint_steps_take_all_particles(stack):
     assert [len(indices) for indices in seen] == [4, 4, 2, 2]
 
 
+def test_joint_steps_of_many_particles_take_some_of_all_over(monkeypatch):
+    monkeypatch.setattr(sys.modules["csd_2d.edit"], "JOINT_PARTICLES", 3)  # csd_2d.edit itself is the function
+    latents = torch.zeros(9, 3, 2, 2)
+    seen = []
+    config = EditConfig(steps=1, batch=2, joint_steps=1)
+    edit(LatentStack(latents, latents), AnalyticPrior(), "make it night", config, lambda info: seen.append(info))
+    assert seen[0].indices == [0, 4, 8]
+
+
+def test_the_prior_never_sees_more_particles_at_once_than_a_batch(stack):
+    sizes = []
+
+    class Watching(AnalyticPrior):
+        def noise_estimate(self, x_t, timestep, condition, text, branches):
+            sizes.append(len(x_t))
+            return super().noise_estimate(x_t, timestep, condition, text, branches)
+
+    config = EditConfig(steps=3, batch=2, joint_steps=1, image_guidance_scale=1.5)
+    edit(stack[1], Watching(), "make it night", config)
+    assert max(sizes) == 2 * 5
+
+
 def test_window_positions_cover_every_cell_whatever_the_stride():
     for size, window in itertools.product(range(8, 40), (4, 8)):
         for stride in range(1, window + 1):
@@ -225,12 +248,21 @@ def test_divergence_names_the_step(stack):
         ("batch", -1),
         ("guidance_scale", -1.0),
         ("max_timestep", 1.2),
+        ("steps", 1.5),
+        ("steps", None),
+        ("seed", -1),
         ("bandwidth_scale", 0.0),
     ],
 )
 def test_settings_out_of_range_are_named(setting, value):
-    with pytest.raises(ValueError, match=f"{setting} must be from"):
+    with pytest.raises(ValueError, match=rf"{setting} must be (a whole number )?from"):
         EditConfig(**{setting: value})
+
+
+@pytest.mark.parametrize("setting", ["kernel_input", "baseline", "noise", "svgd"])
+def test_misspelt_choices_are_named(setting):
+    with pytest.raises(ValueError, match=f"{setting} must be one of .*; got of"):
+        EditConfig(**{setting: "of"})
 
 
 def test_presets(tmp_path):

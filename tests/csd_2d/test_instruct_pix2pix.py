@@ -11,6 +11,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from torch import Tensor
 
 from csd_2d import EditConfig, LatentStack, edit, edit_residual, load_prior
+from csd_2d.images import edit_images
 from csd_2d.priors import instruct_pix2pix
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
@@ -108,7 +109,7 @@ def test_guided_noise_is_that_of_diffusers(pipeline, prior):
     text, condition = prior.encode_text(PROMPT), prior.condition(images())
     for call in run_diffusers(pipeline, images()):
         x_t = call["input"][:1, :4]
-        guided = edit_residual(prior, x_t, x_t, x_t, int(call["timestep"]), condition, text, 7.5, 1.5, baseline="none")
+        guided = edit_residual(prior, x_t, x_t, x_t, condition, int(call["timestep"]), text, 7.5, 1.5, baseline="none")
         torch.testing.assert_close(guided, call["guided"], atol=1e-4, rtol=0)
 
 
@@ -160,7 +161,7 @@ def test_residual_equals_the_six_branch_formula(make_prior, guidance_scale, imag
     uncond, image, _ = (estimate(source_t, branch) for branch in ("uncond", "image", "text"))
     baseline = uncond + image_guidance_scale * (image - uncond)
 
-    residual = edit_residual(prior, x_t, source_t, noise, 300, condition, text, guidance_scale, image_guidance_scale)
+    residual = edit_residual(prior, x_t, source_t, noise, condition, 300, text, guidance_scale, image_guidance_scale)
     assert residual.dtype == torch.float64
     torch.testing.assert_close(residual, target - baseline, atol=1e-12, rtol=0)
 
@@ -171,7 +172,7 @@ def test_unet_rows_per_particle(prior, scales, rows):
     handle = prior.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     latents = randn(4, 4, 16, 16)
     try:
-        edit_residual(prior, latents, latents, latents, 300, latents, prior.encode_text(PROMPT), *scales)
+        edit_residual(prior, latents, latents, latents, latents, 300, prior.encode_text(PROMPT), *scales)
     finally:
         handle.remove()
     assert sum(batches) == 4 * rows
@@ -422,3 +423,15 @@ def test_silent_hub_is_given_up(monkeypatch):
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(OSError, match="ReadTimeout"):
             load_prior("nobody/no-such-model")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", [False, True])
+def test_half_precision_and_offload_on_a_gpu_edit_as_the_cpu_does(tiny_pipeline_folder, offload):
+    images = [torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    config = EditConfig(steps=2, guidance_scale=1.5, lr=0.1)
+    expected = edit_images(images, load_prior(str(tiny_pipeline_folder)), PROMPT, config)
+    prior = load_prior(str(tiny_pipeline_folder), "cuda", offload=offload)
+    for ours, theirs in zip(edit_images(images, prior, PROMPT, config), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)  # fp16 through a VAE of random weights

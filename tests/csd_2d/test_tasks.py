@@ -1,6 +1,7 @@
 """Panorama and video: images in, images out."""
 
 import itertools
+import struct
 from fractions import Fraction
 
 import av
@@ -157,11 +158,43 @@ def test_video_outputs_that_cannot_be_are_named_before_any_work(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x.png").touch()
     (tmp_path / "a.mp4").mkdir()
-    for name, message in [("full", "is not empty"), ("a.mp4", "is a folder"), ("full/x.png", "is a file")]:
+    mixed = Clip([smooth(8, 8), smooth(8, 10)])
+    for name, message in [
+        ("full", "is not empty"),
+        ("a.mp4", "is a folder"),
+        ("full/x.png", "must be a folder"),
+        ("b.gif", "must be a folder"),
+        ("b.mp4", "differ in size"),
+    ]:
         with pytest.raises(ValueError, match=message):
-            check_video_output(tmp_path / name)
-    with pytest.raises(ValueError, match="differ in size"):
-        write_clip(Clip([smooth(8, 8), smooth(8, 10)]), tmp_path / "b.mp4")
+            check_video_output(tmp_path / name, mixed)
+    check_video_output(tmp_path / "v1.0", mixed)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (720, 1280)])
+def test_videos_keep_and_declare_their_colors(tmp_path, size):
+    color = torch.tensor([0.8, 0.2, 0.2])[:, None, None]
+    write_clip(Clip([color.expand(3, *size)]), tmp_path / "red.mp4")
+    with av.open(str(tmp_path / "red.mp4")) as container:
+        assert container.streams.video[0].codec_context.colorspace == 1  # BT.709
+    torch.testing.assert_close(read_clip(tmp_path / "red.mp4").frames[0], color.expand(3, *size), atol=0.02, rtol=0)
+
+
+def test_videos_of_a_turned_camera_are_read_upright(tmp_path):
+    upright = torch.zeros(3, 32, 48)
+    upright[0, :8] = 1  # red on top
+    write_clip(Clip([upright]), tmp_path / "a.mp4")
+    data = (tmp_path / "a.mp4").read_bytes()
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    clockwise = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    track = data.index(b"tkhd")
+    turned = data[:track] + data[track:].replace(identity, clockwise, 1)
+    assert turned != data
+    (tmp_path / "turned.mp4").write_bytes(turned)
+    frame = read_clip(tmp_path / "turned.mp4").frames[0]
+    assert frame.shape == (3, 48, 32)
+    assert frame[0, :, -4:].mean() > 0.8  # what was on top lies on the right
+    assert frame[0, :, :16].mean() < 0.2
 
 
 def test_padding_mirrors_as_often_as_needed():

@@ -153,3 +153,18 @@ def test_all_images_must_be_in_memory(scene_data):
     config.datamanager.train_num_images_to_sample_from = 2
     with pytest.raises(ValueError, match="train-num-images-to-sample-from"):
         TrainingViews(config.setup(device="cpu"))
+
+
+def test_semi_transparent_pixels_are_trained_towards_the_edit_once(scene_data, tmp_path):
+    """What training composes from the supervision is the edited image, not the edit with its background twice."""
+    shutil.copytree(scene_data, tmp_path / "data")
+    for path in (tmp_path / "data" / "images").glob("*.png"):
+        image = Image.open(path)
+        image.putalpha(128)
+        image.save(path)
+    pipeline = make_pipeline(tmp_path / "data")
+    views = TrainingViews(pipeline)
+    edited = 0.9 * views.original(2)
+    views.supervise(2, edited)
+    composed = pipeline.model.renderer_rgb.blend_background(sample(pipeline, 2))
+    torch.testing.assert_close(composed.permute(2, 0, 1), edited, atol=1e-5, rtol=0)

@@ -1,10 +1,13 @@
 """Reading what a pretrained run left behind."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
 from csd_nerf.source_run import (
@@ -182,3 +185,15 @@ def test_missing_data_are_named(tmp_path, scene_data):
         check_data(tmp_path / "nowhere", NerfstudioDataParserConfig())
     check_data(scene_data, NerfstudioDataParserConfig())
     check_data(None, NerfstudioDataParserConfig(data=scene_data / "transforms.json"))
+
+
+def test_reads_the_config_that_stock_nerfacto_writes(tmp_path, scene_data):
+    """With its parallel data manager and all its Python objects."""
+    config = copy.deepcopy(all_methods["nerfacto"])
+    config.pipeline.datamanager.data = scene_data
+    (tmp_path / "config.yml").write_text(yaml.dump(config), "utf8")
+    run = read_run(tmp_path)
+    assert run.data == scene_data
+    assert isinstance(run.dataparser, NerfstudioDataParserConfig)
+    assert run.model["num_proposal_samples_per_ray"] == config.pipeline.model.num_proposal_samples_per_ray
+    assert run.model["max_res"] == config.pipeline.model.max_res

@@ -262,3 +262,14 @@ def test_csd_edit_takes_over_a_stock_run(stock_run, tmp_path):
     )
     assert len(list((run / "edited").iterdir())) == 2
     assert checkpoint(run)["pipeline"].keys() == checkpoint(stock_run)["pipeline"].keys()
+
+
+def test_presets_replace_the_settings_of_the_edit(scene_run, tmp_path):
+    run = edit_in_process(tmp_path, 1, load_run=scene_run, pipeline__preset="paper")
+    edit = yaml.load((run / "config.yml").read_text(), Loader=yaml.Loader).pipeline.edit
+    assert edit.kernel_input == "noisy" and edit.lr == 2.0
+    assert "unknown preset" in failing(tmp_path / "other", load_run=scene_run, pipeline__preset="nope")
+
+
+def test_several_devices_are_refused(scene_run, tmp_path):
+    assert "--machine.num-devices 1" in failing(tmp_path, load_run=scene_run, machine__num_devices=2)

@@ -1,0 +1,28 @@
+"""Errors a user can mend, told in one sentence: the boundary of both command lines."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class NonFiniteError(ArithmeticError):
+    """Latents became NaN or infinite."""
+
+
+@contextmanager
+def one_sentence(program: str | None) -> Iterator[None]:
+    """Ends the program with exit code 1 and the error's message in place of a traceback.
+
+    With CSD_TRACEBACK=1 in the environment the traceback comes through, for whoever looks for a bug.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, NonFiniteError, torch.OutOfMemoryError) as error:
+        if os.environ.get("CSD_TRACEBACK"):
+            raise
+        message = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "out of GPU memory; lower the micro-batch, turn offload on, or take smaller images."
+        raise SystemExit(f"{program}: {message}") from error
