@@ -50,6 +50,18 @@ class PriorOptions:
 
 
 @dataclass
+class Options:
+    """What all edits have in common."""
+
+    prompt: str
+    """What to change, as an instruction."""
+    model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
+    preset: str = "default"
+    """Where the defaults below come from: a name in configs/ (`paper` is the published algorithm), or a .yaml file."""
+    edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
+
+
+@dataclass
 class Panorama:
     """Edit an image of any size, most of all a wide one, through overlapping crops that agree with each other.
 
@@ -60,14 +72,9 @@ class Panorama:
     """Image to edit."""
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Image to write, of the same size; the name's ending sets the format."""
-    prompt: str
-    """What to change, as an instruction."""
-    model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
+    options: Annotated[Options, tyro.conf.arg(name="")]
     stride: int | None = None
     """Distance between crops in latent cells. Default: half the model's window; the paper takes a quarter."""
-    preset: str = "default"
-    """Where the defaults below come from: a name in configs/ (`paper` is the published algorithm), or a .yaml file."""
-    edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
 
     def run(self) -> str:
         from csd_2d.panorama import edit_panorama
@@ -78,8 +85,9 @@ class Panorama:
         if self.output.is_dir():
             raise ValueError(f"output {self.output} is a folder, but its name ends like an image file's.")
         image = read_image(self.input)
-        prior = self.model.load(self.prompt)
-        edited = edit_panorama(image, prior, self.prompt, self.edit, self.stride, progress="editing")
+        options = self.options
+        prior = options.model.load(options.prompt)
+        edited = edit_panorama(image, prior, options.prompt, options.edit, self.stride, progress="editing")
         write_image(edited, self.output)
         return f"{self.output} ({edited.shape[-1]}x{edited.shape[-2]} px)"
 
@@ -95,12 +103,7 @@ class Video:
     """Video file, or folder with its frames as images."""
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Video file to write, or a folder for PNG frames. Size and frame rate stay; sound is not copied."""
-    prompt: str
-    """What to change, as an instruction."""
-    model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
-    preset: str = "default"
-    """Where the defaults below come from: a name in configs/ (`paper` is the published algorithm), or a .yaml file."""
-    edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
+    options: Annotated[Options, tyro.conf.arg(name="")]
 
     def run(self) -> str:
         from csd_2d.video import check_video_output, edit_video, read_clip, write_clip
@@ -108,8 +111,9 @@ class Video:
         _check_output(self.output, self.input)
         clip = read_clip(self.input)
         check_video_output(self.output, clip)
-        prior = self.model.load(self.prompt)
-        edited = edit_video(clip, prior, self.prompt, self.edit, progress="editing")
+        options = self.options
+        prior = options.model.load(options.prompt)
+        edited = edit_video(clip, prior, options.prompt, options.edit, progress="editing")
         write_clip(edited, self.output)
         return f"{self.output} ({len(edited.frames)} frames)"
 
@@ -161,11 +165,11 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Demo:
     # The preset sets the defaults of other options, so it is looked up before they are parsed.
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default="default")
-    edit = load_preset(peek.parse_known_args(arguments)[0].preset)
     todo = tyro.MISSING
+    options = Options(todo, edit=load_preset(peek.parse_known_args(arguments)[0].preset))
     command = tyro.cli(
-        Annotated[Panorama, tyro.conf.subcommand("panorama", default=Panorama(todo, todo, todo, edit=edit))]
-        | Annotated[Video, tyro.conf.subcommand("video", default=Video(todo, todo, todo, edit=edit))]
+        Annotated[Panorama, tyro.conf.subcommand("panorama", default=Panorama(todo, todo, options))]
+        | Annotated[Video, tyro.conf.subcommand("video", default=Video(todo, todo, options))]
         | Annotated[Demo, tyro.conf.subcommand("demo")],
         prog="csd",
         description=_DESCRIPTION,
