@@ -72,12 +72,12 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
     with watch.stage("writing a procedural scene"):
         write_scene(folder / "scene", VIEWS, progress="views")
     with watch.stage("learning the scene (ns-train csd-scene-tiny)"):
-        scene_run = _train(_scene_config(folder, seed))
+        scene_run = train(scene_config(folder, seed))
     with watch.stage(f"editing it: {prompt} (ns-train csd-edit-tiny)"):
-        edit_run = _train(_edit_config(folder, scene_run, prompt, seed))
+        edit_run = train(edit_config(folder, scene_run, prompt, seed))
     with watch.stage("rendering novel views and the film"):
-        before, after = (_load(run) for run in (scene_run, edit_run))
-        novel = _NovelViews(before, after, prompt)
+        before, after = (load_scene(run) for run in (scene_run, edit_run))
+        novel = NovelViews(before, after, prompt)
         film = _film(before.model, after.model)
     with watch.stage("writing the results"):
         write_image(novel.contact_sheet(), folder / "before_after.png")
@@ -100,7 +100,8 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
     return folder
 
 
-def _scene_config(folder: Path, seed: int) -> TrainerConfig:
+def scene_config(folder: Path, seed: int) -> TrainerConfig:
+    """csd-scene-tiny on FOLDER/scene, in the scene's own coordinates."""
     config = copy.deepcopy(csd_scene_tiny.config)
     config.data = folder / "scene"
     config.max_num_iterations = SCENE_STEPS
@@ -113,7 +114,8 @@ def _scene_config(folder: Path, seed: int) -> TrainerConfig:
     return _demo_run(config, folder, seed)
 
 
-def _edit_config(folder: Path, scene_run: Path, prompt: str, seed: int) -> TrainerConfig:
+def edit_config(folder: Path, scene_run: Path, prompt: str, seed: int) -> TrainerConfig:
+    """csd-edit-tiny on the scene of a run's config.yml; runs are written to FOLDER/runs."""
     config = copy.deepcopy(csd_edit_tiny.config)
     config.load_run = scene_run  # type: ignore[attr-defined]
     config.pipeline.prompt = prompt  # type: ignore[attr-defined]
@@ -130,7 +132,7 @@ def _demo_run(config: TrainerConfig, folder: Path, seed: int) -> TrainerConfig:
     return config
 
 
-def _train(config: TrainerConfig) -> Path:
+def train(config: TrainerConfig) -> Path:
     """What ns-train does with a config; returns the run's config.yml."""
     config.pipeline.datamanager.data = config.data
     config.set_timestamp()
@@ -144,7 +146,7 @@ def _train(config: TrainerConfig) -> Path:
     return config.get_base_dir() / "config.yml"
 
 
-def _load(run: Path) -> Pipeline:
+def load_scene(run: Path) -> Pipeline:
     """A trained scene, read from disk the way ns-render reads it."""
     return eval_setup(run, test_mode="test")[1]
 
@@ -158,7 +160,7 @@ def _psnr(images: Tensor, references: Tensor) -> float:
     return -10 * (images - references).square().mean().log10().item()
 
 
-class _NovelViews:
+class NovelViews:
     """Views the scene was not trained on: as they are, before and after the edit, and as the answer would be."""
 
     def __init__(self, before: Pipeline, after: Pipeline, prompt: str) -> None:
