@@ -65,7 +65,7 @@ def test_options_reach_the_nested_configs():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--pipeline.edit.steps", "0"], "steps must be from 1"),
+        (["--pipeline.edit.steps", "0"], "steps must be a whole number from 1"),
         (["--pipeline.edit.min-timestep", "nan"], "min_timestep must be from 0"),
         (["--pipeline.steps-per-round", "0"], "steps_per_round must be at least 1"),
         (["--pipeline.views-per-round", "-1"], "views_per_round must be at least 0"),

@@ -23,7 +23,7 @@ def test_demo_leaves_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "FILM_FRAMES", 3)
     monkeypatch.setattr(demo, "SCENE_STEPS", 60)
     monkeypatch.setattr(
-        demo, "csd_edit_tiny", with_steps(demo.csd_edit_tiny, 60, steps_per_round=30, views_per_round=4)
+        demo, "csd_edit_tiny", with_steps(demo.csd_edit_tiny, 150, steps_per_round=75, views_per_round=4)
     )
     folder = tmp_path / "demo"
     main(["demo", str(folder), "--prompt", "invert the colors"])
