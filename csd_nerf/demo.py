@@ -31,8 +31,9 @@ from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
 from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntable, write_scene
 
 VIEWS = 48
-SCENE_STEPS = 800
-FILM_FRAMES = 36
+SCENE_STEPS = 650
+EDIT_STEPS = 300
+FILM_FRAMES = 32
 FILM_SIZE = (96, 72)
 SHEET_VIEWS = 5
 SHEET_WIDTH = 240
@@ -119,6 +120,7 @@ def edit_config(folder: Path, scene_run: Path, prompt: str, seed: int) -> Traine
     config = copy.deepcopy(csd_edit_tiny.config)
     config.load_run = scene_run  # type: ignore[attr-defined]
     config.pipeline.prompt = prompt  # type: ignore[attr-defined]
+    config.max_num_iterations = config.pipeline.steps_per_round = EDIT_STEPS  # type: ignore[attr-defined]
     return _demo_run(config, folder, seed)
 
 
@@ -230,8 +232,7 @@ def _settings() -> dict[str, object]:
     pipeline = csd_edit_tiny.config.pipeline
     return {
         "scene_steps": SCENE_STEPS,
-        "edit_steps": csd_edit_tiny.config.max_num_iterations,
-        "steps_per_round": pipeline.steps_per_round,  # type: ignore[attr-defined]
+        "edit_steps": EDIT_STEPS,
         "views_per_round": pipeline.views_per_round,  # type: ignore[attr-defined]
         "edit": dataclasses.asdict(pipeline.edit),  # type: ignore[attr-defined]
     }

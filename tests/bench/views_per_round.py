@@ -28,6 +28,7 @@ def main(demo: Path, output: Path, prompt: str = "make it night", seeds: int = 1
             with tempfile.TemporaryDirectory() as folder:
                 config = edit_config(Path(folder), scene, prompt, seed)
                 config.pipeline.views_per_round, config.pipeline.steps_per_round = views, steps
+                config.max_num_iterations = 450
                 start = time.monotonic()
                 run = train(config)
                 seconds = round(time.monotonic() - start, 1)

@@ -1,6 +1,5 @@
 """`csd demo` from end to end, with so few steps that the scene stays a blur."""
 
-import dataclasses
 import json
 
 import pytest
@@ -11,20 +10,12 @@ from csd_2d.video import read_clip
 from csd_nerf import demo
 
 
-def with_steps(specification, steps, **pipeline):
-    config = dataclasses.replace(specification.config, max_num_iterations=steps)
-    config.pipeline = dataclasses.replace(config.pipeline, **pipeline)
-    return dataclasses.replace(specification, config=config)
-
-
 @pytest.mark.slow
 def test_demo_leaves_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "VIEWS", 10)
     monkeypatch.setattr(demo, "FILM_FRAMES", 3)
     monkeypatch.setattr(demo, "SCENE_STEPS", 60)
-    monkeypatch.setattr(
-        demo, "csd_edit_tiny", with_steps(demo.csd_edit_tiny, 150, steps_per_round=75, views_per_round=4)
-    )
+    monkeypatch.setattr(demo, "EDIT_STEPS", 150)
     folder = tmp_path / "demo"
     main(["demo", str(folder), "--prompt", "invert the colors"])
 
