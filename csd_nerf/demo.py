@@ -31,9 +31,9 @@ from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
 from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntable, write_scene
 
 VIEWS = 48
-SCENE_STEPS = 650
-EDIT_STEPS = 300
-FILM_FRAMES = 32
+SCENE_STEPS = 500
+EDIT_STEPS = 200
+FILM_FRAMES = 24
 FILM_SIZE = (96, 72)
 SHEET_VIEWS = 5
 SHEET_WIDTH = 240
