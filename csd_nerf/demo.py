@@ -69,6 +69,7 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
         ValueError: if the prior does not know the prompt; nothing is written then.
     """
     AnalyticPrior().encode_text(prompt)
+    folder = folder.resolve()  # runs remember where their data are, and are opened from anywhere
     watch = _Stopwatch(stages=5)
     with watch.stage("writing a procedural scene"):
         write_scene(folder / "scene", VIEWS, progress="views")
