@@ -16,7 +16,7 @@ import tyro
 from csd_2d.edit import EditConfig, check_prompt, load_preset
 from csd_2d.errors import one_sentence
 from csd_2d.images import IMAGE_SUFFIXES, read_image, write_image
-from csd_2d.priors import DEFAULT_MODEL, Prior, load_prior
+from csd_2d.priors import DEFAULT_MODEL, Prior, check_prior, load_prior
 
 
 @dataclass
@@ -24,8 +24,9 @@ class PriorOptions:
     """Which diffusion model edits, and how it is run."""
 
     prior: str | None = None
-    """`analytic` (no weights, a fixed list of instructions), `ip2p` (InstructPix2Pix from the hub), a folder with a
-    diffusers InstructPix2Pix pipeline, or a hub id. Default: ip2p where there is a CUDA device, analytic elsewhere."""
+    """`tiny` (ships with csd: 64 px windows, a fixed list of instructions), `ip2p` (InstructPix2Pix from the hub,
+    follows any), `analytic` (exact scores of closed-form edits), a folder with a diffusers InstructPix2Pix pipeline, or
+    a hub id. Default: ip2p where there is a CUDA device, tiny elsewhere."""
     device: str | None = None
     """Torch device. Default: cuda where there is one, else cpu."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -42,10 +43,11 @@ class PriorOptions:
 
         check_prompt(prompt)  # before minutes go into loading a model
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        name = self.prior or ("ip2p" if device.startswith("cuda") else "analytic")
+        name = self.prior or ("ip2p" if device.startswith("cuda") else "tiny")
         if self.prior is None:
             print(f"prior: {name} on {device} (--prior chooses another)", file=sys.stderr)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        check_prior(name, prompt)
         return load_prior(name, device, dtype, self.micro_batch, self.offload, self.local_files_only)
 
 
@@ -128,7 +130,7 @@ class Demo:
     output: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT")] = None
     """Folder for the results, new or empty. Default: csd_demo, or csd_demo_2 and so on where that is taken."""
     prompt: str = "make it night"
-    """What to change, as an instruction of the analytic prior."""
+    """What to change, as one of the instructions whose answer is known; another one lists them."""
     seed: int = 0
     """Seed of the training and of the edit."""
 
@@ -156,8 +158,8 @@ def _check_output(path: Path, source: Path | None = None) -> None:
 
 _DESCRIPTION = f"""Edit a set of images together, from one sentence, so that they stay consistent.
 
-Two kinds of model: `--prior analytic` needs no weights and follows a fixed list of instructions; `--prior ip2p`
-({DEFAULT_MODEL}) follows any. `csd COMMAND --help` explains the options.
+Two models: `--prior tiny` comes with csd, runs on any computer and follows a list of instructions; `--prior ip2p`
+({DEFAULT_MODEL}) follows any and wants a GPU. `csd COMMAND --help` explains the options.
 """
 
 

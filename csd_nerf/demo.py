@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from csd_2d.closed_form import known_answers
 from csd_2d.images import replacing, to_tensor, write_image
-from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.video import Clip, write_clip
 from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
 from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntable, write_scene
@@ -60,15 +60,15 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
 
     Args:
         folder: new or empty.
-        prompt: an instruction the analytic prior knows; the answer to it is known, and the result is measured by it.
+        prompt: an instruction of `csd_2d.closed_form`: its answer is known, and the result is measured by it.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if the prior does not know the prompt; nothing is written then.
+        ValueError: if there is no known answer to the prompt; nothing is written then.
     """
-    AnalyticPrior().encode_text(prompt)
+    known_answers(prompt, torch.zeros(1, 3, 8, 8))
     folder = folder.resolve()  # runs remember where their data are, and are opened from anywhere
     watch = _Stopwatch(stages=5)
     with watch.stage("writing a procedural scene"):
@@ -176,7 +176,7 @@ class NovelViews:
             for name, pipeline in (("before", before), ("after", after))
         )
         # An ambiguous instruction has several answers; the scene is held to the one it took as a whole.
-        answers = AnalyticPrior().answers(prompt, self.true)
+        answers = known_answers(prompt, self.true)
         taken = max(range(len(answers)), key=lambda k: _psnr(self.after, answers[k]))
         self.answer = answers[taken]
         self.answer_name = f"{taken + 1} of {len(answers)}"

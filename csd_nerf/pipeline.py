@@ -24,7 +24,7 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """The instruction, e.g. "make it night"."""
     prior: str = "ip2p"
     """Diffusion model: 'ip2p' (timbrooks/instruct-pix2pix), another hub id, a local folder with a diffusers
-    InstructPix2Pix pipeline, or 'analytic' (no weights, a list of known instructions)."""
+    InstructPix2Pix pipeline, 'tiny' (ships with this package), or 'analytic' (exact scores of closed-form edits)."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What the diffusion model computes in. Default: float16 on a GPU, float32 elsewhere."""
     micro_batch: int = 8

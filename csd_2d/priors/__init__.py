@@ -75,7 +75,8 @@ def load_prior(
     """The prior a user names.
 
     Args:
-        name: `analytic`, `ip2p`, a folder with a diffusers InstructPix2Pix pipeline, or a hub id.
+        name: `tiny` (ships with this package), `analytic`, `ip2p`, a folder with a diffusers InstructPix2Pix pipeline,
+            or a hub id.
         dtype, micro_batch, offload, local_files_only: see `InstructPix2PixPrior.from_pretrained`; the analytic prior
             has no weights and needs none of them.
 
@@ -89,10 +90,14 @@ def load_prior(
         from csd_2d.priors.analytic import AnalyticPrior
 
         return AnalyticPrior(device=device)
+    from csd_2d import tiny
     from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 
-    model = DEFAULT_MODEL if name == "ip2p" else name
-    return InstructPix2PixPrior.from_pretrained(model, device, dtype, offload, local_files_only, micro_batch)
+    model = {"ip2p": DEFAULT_MODEL, "tiny": tiny.MODEL}.get(name, name)
+    prior = InstructPix2PixPrior.from_pretrained(model, device, dtype, offload, local_files_only, micro_batch)
+    if name == "tiny":
+        prior.guidance_scale, prior.image_guidance_scale = tiny.GUIDANCE_SCALE, tiny.IMAGE_GUIDANCE_SCALE
+    return prior
 
 
 def check_prior(name: str, prompt: str | None = None) -> None:
@@ -102,9 +107,17 @@ def check_prior(name: str, prompt: str | None = None) -> None:
 
         if prompt is not None:
             AnalyticPrior().encode_text(prompt)
+    elif name == "tiny":
+        from csd_2d.tiny.instructions import INSTRUCTIONS, unknown_words
+
+        if prompt is not None and (unknown := unknown_words(prompt)):
+            raise ValueError(
+                f"the tiny model was never taught the words {', '.join(map(repr, unknown))}; it knows: "
+                f"{'; '.join(INSTRUCTIONS)}. The prior ip2p follows any instruction."
+            )
     elif name != "ip2p" and not Path(name).is_dir() and name.count("/") != 1:
         raise ValueError(
-            f"unknown prior '{name}'; expected 'analytic', 'ip2p' ({DEFAULT_MODEL}), a folder with a diffusers "
+            f"unknown prior '{name}'; expected 'tiny', 'analytic', 'ip2p' ({DEFAULT_MODEL}), a folder with a diffusers "
             "InstructPix2Pix pipeline, or a hub id like 'owner/model'."
         )
 

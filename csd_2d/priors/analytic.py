@@ -1,106 +1,13 @@
 """A prior without weights: exact noise estimates of a mixture of Gaussians around closed-form edits of the source."""
 
-import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from csd_2d.closed_form import PIXEL_EDITS, ImageEdit, normalized
 from csd_2d.csd import Branch
-
-ImageEdit = Callable[[Tensor], Tensor]
-"""RGB (..., 3, H, W) in [0, 1] to RGB. Pixel by pixel, so that the edit of a crop is the crop of the edit."""
-
-
-def _luma(image: Tensor) -> Tensor:
-    """Rec. 601 luma, (..., 1, H, W)."""
-    return (image * image.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(-3, keepdim=True)
-
-
-def _rgb(image: Tensor, *color: float) -> Tensor:
-    return image.new_tensor(color)[:, None, None]
-
-
-def _night(image: Tensor) -> Tensor:
-    # Day for night: underexposed and blue, while warm bright surfaces stay lit as if by street lamps.
-    muted = torch.lerp(_luma(image), image, 0.5)
-    moonlit = muted.pow(1.35) * _rgb(image, 0.26, 0.34, 0.58) + _rgb(image, 0.01, 0.02, 0.05)
-    warmth = ((image[..., :1, :, :] - image[..., 2:, :, :] - 0.1) / 0.4).clamp(0, 1)
-    lamplit = image * _rgb(image, 0.95, 0.75, 0.45)
-    return torch.lerp(moonlit, lamplit, 0.7 * warmth * _luma(image))
-
-
-def _black_and_white(image: Tensor) -> Tensor:
-    return _luma(image).expand_as(image)
-
-
-def _sepia(image: Tensor) -> Tensor:
-    return _luma(image) * _rgb(image, 0.97, 0.80, 0.58) + _rgb(image, 0.03, 0.02, 0.0)
-
-
-def _foggy(image: Tensor) -> Tensor:
-    return torch.lerp(_luma(image), image, 0.4) * 0.4 + _rgb(image, 0.48, 0.50, 0.52)
-
-
-def _snowy(image: Tensor) -> Tensor:
-    # Snow lies on whatever is not in deep shadow; greens turn white first.
-    greenness = (image[..., 1:2, :, :] - image[..., :1, :, :].maximum(image[..., 2:, :, :])).clamp(0, 0.2) * 3
-    cover = (((_luma(image) - 0.12) / 0.4).clamp(0, 1) * 0.65 + greenness).clamp(0, 0.85)
-    return torch.lerp(torch.lerp(_luma(image), image, 0.5), _rgb(image, 0.93, 0.96, 1.0).expand_as(image), cover)
-
-
-def _invert(image: Tensor) -> Tensor:
-    return 1 - image
-
-
-def _sunset(image: Tensor) -> Tensor:
-    return torch.lerp(_luma(image), image, 0.6) * _rgb(image, 1.0, 0.62, 0.40) + _rgb(image, 0.10, 0.03, 0.06)
-
-
-_HUES = {"red": 0, "yellow": 60, "green": 120, "cyan": 180, "blue": 240, "purple": 300}
-_TINT = 0.42
-
-
-def _paint(hue: float) -> ImageEdit:
-    """Adds a hue and leaves luma and detail alone.
-
-    The shift has the same length for every hue and does not depend on the source's own colours: all hues are equally
-    far from the source, so that an ambiguous instruction is decided by noise alone. It fades out towards black and
-    white, where no colour fits, and is not clipped, for clipping would favour some hues.
-    """
-    angle = math.radians(hue)
-
-    def paint(image: Tensor) -> Tensor:
-        # An orthonormal basis of the plane of RGB vectors whose components sum to zero.
-        axes = torch.stack([_rgb(image, 2, -1, -1) / 6**0.5, _rgb(image, 0, 1, -1) / 2**0.5])
-        direction = math.cos(angle) * axes[0] + math.sin(angle) * axes[1]
-        mean = image.mean(-3, keepdim=True)
-        return image + _TINT * (4 * mean * (1 - mean)).clamp(min=0) * direction
-
-    return paint
-
-
-_COLORS = {color: _paint(hue) for color, hue in _HUES.items()}
-
-EDITS: dict[str, list[ImageEdit]] = {
-    "make it night": [_night],
-    "make it sunset": [_sunset],
-    "make it black and white": [_black_and_white],
-    "make it sepia": [_sepia],
-    "make it foggy": [_foggy],
-    "make it snowy": [_snowy],
-    "invert the colors": [_invert],
-    **{f"paint it {color}": [edit] for color, edit in _COLORS.items()},
-    "paint it a new color": list(_COLORS.values()),
-}
-"""Instruction -> its answers; more than one where the instruction is ambiguous."""
-
-
-def _normalized(prompt: str) -> str:
-    words = re.sub(r"[^a-z ]", " ", prompt.lower().replace("colour", "color")).split()
-    return " ".join(words)
 
 
 class AnalyticPrior:
@@ -154,9 +61,11 @@ class AnalyticPrior:
         Raises:
             ValueError: for an instruction without a closed form; the message lists those there are.
         """
-        edits = EDITS.get(_normalized(prompt))
+        edits = PIXEL_EDITS.get(normalized(prompt))
         if edits is None:
-            raise ValueError(f"the analytic prior does not know the prompt '{prompt}'; it knows: {'; '.join(EDITS)}.")
+            raise ValueError(
+                f"the analytic prior does not know the prompt '{prompt}'; it knows: {'; '.join(PIXEL_EDITS)}."
+            )
         return edits
 
     def answers(self, prompt: str, images: Float[Tensor, "n 3 H W"]) -> list[Float[Tensor, "n 3 H W"]]:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from csd_2d.priors.analytic import EDITS, AnalyticPrior
+from csd_2d.closed_form import PIXEL_EDITS
+from csd_2d.priors.analytic import AnalyticPrior
 
 
 def log_density(prior: AnalyticPrior, x_t: torch.Tensor, timestep: int, means: list[torch.Tensor], spread: float):
@@ -56,10 +57,10 @@ def test_schedule_is_stable_diffusions():
     torch.testing.assert_close(AnalyticPrior().alphas_cumprod.float(), theirs)
 
 
-@pytest.mark.parametrize("prompt", EDITS)
+@pytest.mark.parametrize("prompt", PIXEL_EDITS)
 def test_the_edit_of_a_crop_is_the_crop_of_the_edit(prompt):
     image = torch.rand(2, 3, 9, 11)
-    for edit in EDITS[prompt]:
+    for edit in PIXEL_EDITS[prompt]:
         torch.testing.assert_close(edit(image)[..., 2:7, 3:8], edit(image[..., 2:7, 3:8]))
 
 
@@ -73,7 +74,7 @@ def test_the_answers_to_an_ambiguous_prompt_are_equally_far_from_the_source():
 
 def test_edits_do_what_they_say():
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
-    answer = {prompt: edits[0](image) for prompt, edits in EDITS.items()}
+    answer = {prompt: edits[0](image) for prompt, edits in PIXEL_EDITS.items()}
     assert answer["make it night"].mean() < 0.5 * image.mean()
     assert answer["make it snowy"].mean() > image.mean()
     assert answer["make it black and white"].std(1).max() < 1e-6
@@ -86,6 +87,6 @@ def test_edits_do_what_they_say():
 
 def test_prompts_are_matched_loosely_and_unknown_ones_list_the_known():
     prior = AnalyticPrior()
-    assert prior.encode_text("Paint it a new COLOUR!") == EDITS["paint it a new color"]
+    assert prior.encode_text("Paint it a new COLOUR!") == PIXEL_EDITS["paint it a new color"]
     with pytest.raises(ValueError, match="it knows: make it night; make it sunset"):
         prior.encode_text("make it fly")

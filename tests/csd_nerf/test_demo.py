@@ -32,7 +32,7 @@ def test_demo_leaves_its_results(tmp_path, monkeypatch, capsys):
 
 
 def test_demo_refuses_unknown_prompts_and_full_folders(tmp_path):
-    with pytest.raises(SystemExit, match="it knows: make it night"):
+    with pytest.raises(SystemExit, match="there is one to: make it night"):
         main(["demo", str(tmp_path / "demo"), "--prompt", "make it fly"])
     assert not (tmp_path / "demo").exists()
     (tmp_path / "file").touch()

@@ -1,0 +1,223 @@
+r"""What the tiny model can do, measured with diffusers' own pipeline, before any of our loop.
+
+    python -m csd_2d.tiny.report OUT --photos FOLDER FOLDER ...
+
+On held-out scenes, and on photographs where folders are named: PSNR to the closed-form edit; how often, of all edits
+the model knows (and none at all), the instructed one is the nearest; how many answers ambiguous instructions reach over
+64 seeds. OUT receives `report.json` and sample sheets.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from diffusers import StableDiffusionInstructPix2PixPipeline  # pyright: ignore[reportPrivateImportUsage]
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from csd_2d.errors import one_sentence
+from csd_2d.images import IMAGE_SUFFIXES, read_image, replacing, write_image
+from csd_2d.tiny import MODEL
+from csd_2d.tiny.instructions import INSTRUCTIONS, Instruction
+from csd_2d.tiny.scenes import OBJECTS, Scenes
+from csd_2d.tiny.train import edit_with_diffusers, held_out, sheet
+
+SEEDS = 64
+"""Samples of each ambiguous instruction."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What is measured."""
+
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder for report.json and the sheets."""
+    photos: tuple[Path, ...] = ()
+    """Folders with photographs, searched in depth."""
+    model: Path = MODEL
+    """Folder of the diffusers pipeline."""
+    count: int = 24
+    """Scenes, or cut-outs of photographs, for each instruction."""
+    guidance_scale: float = 1.0
+    image_guidance_scale: float = 1.0
+    num_inference_steps: int = 20
+
+
+def cut_outs(folders: Sequence[Path], count: int, size: int) -> Float[Tensor, "count 3 size size"]:
+    """Squares of photographs scaled to the model's window: from everywhere in the folders, large and small.
+
+    Raises:
+        ValueError: if there are no photographs.
+    """
+    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"there are no images in {', '.join(map(str, folders))}.")
+    dice = torch.Generator().manual_seed(0)
+    squares = []
+    for i in range(count):
+        image = read_image(paths[i * len(paths) // count])
+        height, width = image.shape[-2:]
+        side = max(int(min(height, width) * (0.5 + 0.5 * torch.rand((), generator=dice))), size)
+        top, left = (int(torch.randint(max(extent - side, 0) + 1, (), generator=dice)) for extent in (height, width))
+        square = image[:, top : top + side, left : left + side]
+        squares.append(F.interpolate(square[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1))
+    return torch.stack(squares)
+
+
+def _psnr(images: Tensor, references: Tensor) -> Tensor:
+    """In dB, of each image."""
+    return -10 * (images - references).square().flatten(1).mean(1).clamp(min=1e-12).log10()
+
+
+def _rows_that_fit(instruction: Instruction, scenes: Scenes, count: int) -> Tensor:
+    return instruction.fits(scenes).nonzero()[:count, 0]
+
+
+def measure_deterministic(
+    pipeline: StableDiffusionInstructPix2PixPipeline, scenes: Scenes, config: ReportConfig, names: Sequence[str]
+) -> list[dict]:
+    """For each instruction with one answer: PSNR to it, and whether of all answers it is the nearest."""
+    certain = [instruction for instruction in INSTRUCTIONS.values() if len(instruction.answers) == 1]
+    results = []
+    for name in tqdm(names, unit="instruction"):
+        instruction = INSTRUCTIONS[name]
+        rows = _rows_that_fit(instruction, scenes, config.count)
+        edited = _edit(pipeline, scenes.images[rows], [name] * len(rows), config)
+        nearest, right = _psnr(edited, scenes.images[rows]), torch.zeros(len(rows), dtype=torch.bool)
+        for other in certain:
+            # An object that is not there cannot be painted: the answer would be the unchanged image.
+            score = _psnr(edited, other.answer(scenes, rows)).masked_fill(~other.fits(scenes)[rows], -1)
+            right = torch.where(score > nearest, other.name == name, right)
+            nearest = nearest.maximum(score)
+        psnr = _psnr(edited, instruction.answer(scenes, rows))
+        results.append({"instruction": name, "psnr": psnr.tolist(), "nearest": right.tolist()})
+    return results
+
+
+def measure_ambiguous(
+    pipeline: StableDiffusionInstructPix2PixPipeline, image: Float[Tensor, "3 s s"], name: str, config: ReportConfig
+) -> tuple[dict, Float[Tensor, "n 3 s s"]]:
+    """The answers that many seeds reach on one image."""
+    images = image.expand(SEEDS, -1, -1, -1)
+    edited = _edit(pipeline, images, [name] * SEEDS, config)
+    distances = torch.stack([_psnr(edited, answer(images).clamp(0, 1)) for answer in INSTRUCTIONS[name].answers])
+    psnr, taken = distances.max(0)
+    counts = taken.bincount(minlength=len(distances))
+    return {
+        "instruction": name,
+        "counts": counts.tolist(),
+        "modes": int((counts > 0).sum()),
+        "largest_share": counts.max().item() / SEEDS,
+        "psnr": round(psnr.median().item(), 2),
+    }, edited
+
+
+def _edit(
+    pipeline: StableDiffusionInstructPix2PixPipeline, images: Tensor, prompts: list[str], config: ReportConfig
+) -> Tensor:
+    return edit_with_diffusers(
+        pipeline, images, prompts, config.guidance_scale, config.image_guidance_scale, config.num_inference_steps
+    )
+
+
+def _summary(results: list[dict]) -> dict:
+    """Figures over all images of all instructions, and for each instruction."""
+    images = [psnr for result in results for psnr in result["psnr"]]
+    right = [nearest for result in results for nearest in result["nearest"]]
+    return {
+        "psnr_median": round(median(images), 2),
+        "nearest_share": round(sum(right) / len(right), 3),
+        "images": len(images),
+        "instructions": {
+            result["instruction"]: {
+                "psnr_median": round(median(result["psnr"]), 2),
+                "nearest_share": round(sum(result["nearest"]) / len(result["nearest"]), 3),
+            }
+            for result in results
+        },
+    }
+
+
+@torch.no_grad()
+def run_report(config: ReportConfig) -> dict:
+    """Measures, writes, and returns what report.json holds.
+
+    Raises:
+        ValueError: if a folder named for photographs holds none.
+    """
+    start = time.monotonic()
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(str(config.model), local_files_only=True)
+    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    # Objects are in every second scene.
+    subjects = {"held_out_scenes": held_out(4 * config.count, size)}
+    if config.photos:
+        nothing = torch.zeros(config.count, 1, size, size)
+        photos = cut_outs(config.photos, config.count, size)
+        subjects["photographs"] = Scenes(photos, dict.fromkeys(OBJECTS, nothing))
+    report: dict = {
+        "guidance_scale": config.guidance_scale,
+        "image_guidance_scale": config.image_guidance_scale,
+        "num_inference_steps": config.num_inference_steps,
+    }
+    for subject, scenes in subjects.items():
+        certain = [n for n, i in INSTRUCTIONS.items() if len(i.answers) == 1 and bool(i.fits(scenes).any())]
+        ambiguous = [n for n, i in INSTRUCTIONS.items() if len(i.answers) > 1]
+        report[subject] = _summary(measure_deterministic(pipeline, scenes, config, certain))
+        encoded = pipeline.vae.encode(2 * scenes.images - 1).latent_dist.mode()
+        report[subject]["autoencoder_psnr"] = round(
+            _psnr(pipeline.vae.decode(encoded).sample / 2 + 0.5, scenes.images).median().item(), 2
+        )
+        report[subject]["ambiguous"] = []
+        _write(_sheet_of_edits(pipeline, scenes, certain, config), config.output / f"{subject}.png")
+        for name in ambiguous:
+            figures, edited = measure_ambiguous(pipeline, scenes.images[0], name, config)
+            report[subject]["ambiguous"].append(figures)
+            rows = edited.unflatten(0, (8, SEEDS // 8))
+            _write(sheet(rows), config.output / f"{subject}_{name.replace(' ', '_')}.png")
+    report["seconds"] = round(time.monotonic() - start, 1)
+    with replacing(config.output / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return report
+
+
+def _sheet_of_edits(
+    pipeline: StableDiffusionInstructPix2PixPipeline, scenes: Scenes, names: Sequence[str], config: ReportConfig
+) -> Tensor:
+    """Source, edit and answer side by side: three scenes a row, one row an instruction."""
+    rows = []
+    for name in names:
+        chosen = _rows_that_fit(INSTRUCTIONS[name], scenes, 3)
+        images = scenes.images[chosen]
+        edited = _edit(pipeline, images, [name] * len(images), config)
+        rows.append(torch.stack([images, edited, INSTRUCTIONS[name].answer(scenes, chosen)], 1).flatten(0, 1))
+    widest = max(len(row) for row in rows)
+    return sheet(F.pad(row, (0, 0, 0, 0, 0, 0, 0, widest - len(row))) for row in rows)
+
+
+def _write(image: Tensor, path: Path) -> None:
+    write_image(image, path)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    with one_sentence("csd_2d.tiny.report"):
+        report = run_report(tyro.cli(ReportConfig, description=__doc__))
+        for subject, figures in report.items():
+            if isinstance(figures, dict):
+                print(
+                    f"{subject}: median PSNR {figures['psnr_median']} dB, nearest right {figures['nearest_share']:.0%}"
+                )
+                for ambiguous in figures["ambiguous"]:
+                    print(f"  {ambiguous['instruction']}: {ambiguous['counts']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Random scenes, drawn in batches: textured, shaded shapes over gradients and noise. No data set but this one."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+OBJECTS = ("ball", "box", "cone")
+"""What an instruction can name; a scene holds at most one of each."""
+_SHARPNESS = 0.6
+"""Steepness of an outline in units of 1 / pixel: about two pixels from outside to inside."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A batch of scenes."""
+
+    images: Float[Tensor, "n 3 s s"]
+    """RGB in [0, 1]."""
+    visible: dict[str, Float[Tensor, "n 1 s s"]]
+    """For each of `OBJECTS`, how much of each pixel it covers, in [0, 1]."""
+
+
+class _Painter:
+    """Draws from one generator and composites layers, back to front, over a batch of canvases.
+
+    Coordinates are in [-1, 1], x to the right and y down.
+    """
+
+    def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
+        self.count, self.size, self.generator = count, size, generator
+        self.device = generator.device
+        line = (torch.arange(size, device=self.device) + 0.5) * (2 / size) - 1
+        self.y, self.x = line[:, None].expand(size, size), line[None].expand(size, size)
+        self.canvas = torch.zeros(count, 3, size, size, device=self.device)
+        self.visible: dict[str, Tensor] = {}
+
+    def uniform(self, low: float = 0.0, high: float = 1.0, channels: int = 1) -> Float[Tensor, "n channels 1 1"]:
+        shape = (self.count, channels, 1, 1)
+        return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)
+
+    def chance(self, probability: float) -> Float[Tensor, "n 1 1 1"]:
+        return (self.uniform() < probability).float()
+
+    def color(self) -> Float[Tensor, "n 3 1 1"]:
+        """Any hue; mostly muted, as photographs are."""
+        hue, saturation, value = self.uniform(), self.uniform() ** 1.7, 0.08 + 0.92 * self.uniform()
+        offsets = torch.tensor([0.0, 2 / 3, 1 / 3], device=self.device)[:, None, None]
+        pure = ((6 * ((hue + offsets) % 1) - 3).abs() - 1).clamp(0, 1)
+        return value * torch.lerp(torch.ones_like(pure), pure, saturation)
+
+    def noise(
+        self, channels: int = 1, smoothest: float = 2.2, roughest: float = 0.6
+    ) -> Float[Tensor, "n channels s s"]:
+        """Fields with a spectrum of 1 / f^beta, beta from 0.6 (sand) to 2.2 (clouds); mean 0, deviation 1."""
+        frequency = torch.fft.fftfreq(self.size, device=self.device)
+        radius = torch.hypot(frequency[:, None], frequency[None, : self.size // 2 + 1].abs()).clamp(min=1 / self.size)
+        white = torch.randn(self.count, channels, self.size, self.size, generator=self.generator, device=self.device)
+        spectrum = torch.fft.rfft2(white) * radius ** -self.uniform(roughest, smoothest)
+        field = torch.fft.irfft2(spectrum, s=(self.size, self.size))
+        field = field - field.mean((-2, -1), keepdim=True)
+        return field / field.std((-2, -1), keepdim=True)
+
+    def stripes(self) -> Float[Tensor, "n 1 s s"]:
+        """Waves or bars in any direction, in [-1, 1]."""
+        angle, pace = self.uniform(0, math.pi), self.uniform(4, 22)
+        wave = torch.sin(pace * (self.x * angle.cos() + self.y * angle.sin()) + self.uniform(0, 2 * math.pi))
+        return torch.where(self.uniform() < 0.5, wave, wave.sign())
+
+    def textured(self, color: Tensor) -> Float[Tensor, "n 3 s s"]:
+        """A surface of one colour, with grain and now and then a pattern in a second one."""
+        pattern = (0.5 + 0.5 * self.stripes()) * self.chance(0.3) * self.uniform(0.2, 1)
+        surface = torch.lerp(color.expand(-1, -1, self.size, self.size), self.color(), pattern)
+        return surface * (1 + self.chance(0.7) * self.uniform(0.0, 0.35) * self.noise())
+
+    def inside(self, distance: Tensor) -> Float[Tensor, "n 1 s s"]:
+        """Coverage of the pixels whose signed distance to an outline is positive, anti-aliased."""
+        return torch.sigmoid(_SHARPNESS * self.size * distance)
+
+    def cover(self, coverage: Tensor, layer: Tensor, name: str | None = None) -> None:
+        """Puts a layer on top of what is there."""
+        self.canvas = torch.lerp(self.canvas, layer, coverage)
+        self.visible = {other: seen * (1 - coverage) for other, seen in self.visible.items()}
+        if name is not None:
+            self.visible[name] = coverage
+
+    def backdrop(self) -> None:
+        """A gradient in any direction, ground below a wavy horizon in some scenes, soft noise in colour."""
+        angle = self.uniform(0, 2 * math.pi)
+        ramp = 0.5 + 0.5 * (self.x * angle.cos() + self.y * angle.sin()) / 1.4
+        self.canvas = torch.lerp(self.color().expand_as(self.canvas), self.color(), ramp)
+        horizon = self.uniform(-0.6, 0.9) + 0.08 * self.noise().mean(-2, keepdim=True) * self.size**0.5
+        ground = self.inside(self.y - horizon) * self.chance(0.5)
+        self.cover(ground, self.textured(self.color()))
+        self.canvas = self.canvas + self.chance(0.5) * self.uniform(0, 0.1) * self.noise(3, roughest=1.0)
+
+    def blob(self) -> None:
+        """Hills, clouds, foliage: wherever a noise field is high."""
+        coverage = self.inside((self.noise(roughest=1.5) - self.uniform(-0.5, 1.5)) * self.uniform(0.02, 0.2))
+        self.cover(coverage * self.chance(0.5), self.textured(self.color()))
+
+    def _placed(self) -> tuple[Tensor, Tensor]:
+        """Coordinates around a random centre, turned a little."""
+        u, v = self.x - self.uniform(-0.65, 0.65), self.y - self.uniform(-0.65, 0.65)
+        turn = self.uniform(-0.5, 0.5)
+        return u * turn.cos() + v * turn.sin(), v * turn.cos() - u * turn.sin()
+
+    def ball(self, present: Tensor) -> None:
+        u, v = self._placed()
+        radius = self.uniform(0.2, 0.55)
+        distance = torch.hypot(u, v)
+        depth = (1 - (distance / radius).square()).clamp(min=0).sqrt()
+        side, above = self.uniform(-0.7, 0.7), self.uniform(0.2, 0.8)
+        light = (u / radius * side - v / radius * above + depth * (1 - side**2 - above**2).clamp(min=0.05).sqrt()) * 1.1
+        shade = 0.35 + 0.75 * light.clamp(0, 1)
+        gloss = self.chance(0.5) * light.clamp(0, 1) ** 20 * 0.7
+        self.cover(self.inside(radius - distance) * present, self.textured(self.color()) * shade + gloss, "ball")
+
+    def box(self, present: Tensor) -> None:
+        """A front, and a sheared top that is lighter or darker."""
+        u, v = self._placed()
+        width, height, rise = self.uniform(0.2, 0.45), self.uniform(0.2, 0.45), self.uniform(0.08, 0.25)
+        front = torch.minimum(width - u.abs(), height - v.abs())
+        above = -height - v
+        top = torch.minimum(width - (u - self.uniform(-1.2, 1.2) * above).abs(), torch.minimum(above, rise - above))
+        shade = self.uniform(0.6, 1.0) + self.inside(top) * self.uniform(0.1, 0.5)
+        coverage = torch.maximum(self.inside(front), self.inside(top))
+        self.cover(coverage * present, self.textured(self.color()) * shade, "box")
+
+    def cone(self, present: Tensor) -> None:
+        u, v = self._placed()
+        width, height = self.uniform(0.25, 0.5), self.uniform(0.3, 0.6)
+        down = (v + height) / (2 * height)  # 0 at the tip, 1 at the base
+        half = (width * down).clamp(min=1e-3)
+        base = 0.12 * width * (1 - (u / width).square()).clamp(min=0).sqrt()
+        across = (u / half).clamp(-1, 1)
+        shade = 0.65 + 0.45 * (across * self.uniform(-1, 1) + 0.3 * (1 - across**2).sqrt())
+        coverage = self.inside(torch.minimum(torch.minimum(half - u.abs(), height + base - v), v + height))
+        self.cover(coverage * present, self.textured(self.color()) * shade, "cone")
+
+    def light(self) -> None:
+        """Light from one side, a tint, exposure and contrast of the whole picture; blur and grain of a camera."""
+        angle = self.uniform(0, 2 * math.pi)
+        slope = 1 + self.uniform(0, 0.45) * (self.x * angle.cos() + self.y * angle.sin())
+        tint = 1 + 0.12 * (2 * self.uniform(channels=3) - 1)
+        exposed = (self.canvas * slope * tint * self.uniform(0.6, 1.35)).clamp(1e-4, 1)
+        self.canvas = _blurred(exposed ** self.uniform(0.6, 1.6), self.chance(0.5) * self.uniform(0.2, 1.2))
+        grain = torch.randn(self.canvas.shape, generator=self.generator, device=self.device)
+        self.canvas = (self.canvas + self.chance(0.5) * self.uniform(0, 0.03) * grain).clamp(0, 1)
+
+
+def _blurred(images: Float[Tensor, "n c h w"], deviation: Float[Tensor, "n 1 1 1"]) -> Float[Tensor, "n c h w"]:
+    """Gaussian blur with a deviation, in pixels, for each image."""
+    offsets = torch.arange(-3, 4, device=images.device)
+    taps = (-offsets.square() / (2 * deviation.flatten(1).square() + 1e-4)).exp()
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)[:, None]
+    flat = F.pad(images.flatten(0, 1)[None], [3] * 4, mode="replicate")
+    flat = F.conv2d(flat, taps[..., None, :], groups=len(taps))
+    return F.conv2d(flat, taps[..., :, None], groups=len(taps)).view_as(images)
+
+
+def draw_scenes(count: int, size: int, generator: torch.Generator) -> Scenes:
+    """Draws a batch of scenes on the generator's device.
+
+    Each of `OBJECTS` is in about six of ten scenes, in an order of depth that the whole batch shares.
+
+    Args:
+        size: side in pixels.
+
+    Example:
+        >>> scenes = draw_scenes(2, 64, torch.Generator().manual_seed(0))
+        >>> scenes.images.shape, sorted(scenes.visible)
+        (torch.Size([2, 3, 64, 64]), ['ball', 'box', 'cone'])
+    """
+    painter = _Painter(count, size, generator)
+    painter.backdrop()
+    painter.blob()
+    painter.blob()
+    for i in torch.randperm(len(OBJECTS), generator=generator, device=generator.device).tolist():
+        getattr(painter, OBJECTS[i])(present=painter.chance(0.6))
+    painter.light()
+    return Scenes(painter.canvas, painter.visible)

@@ -1,0 +1,486 @@
+r"""The recipe of the tiny InstructPix2Pix: tokenizer, autoencoder, then text encoder and U-Net together.
+
+    python -m csd_2d.tiny.train runs/tiny                  # on a CPU: hours; Ctrl-C, and the same command goes on
+    python -m csd_2d.tiny.train runs/tiny --device cuda --vae-steps 20000 --steps 200000 --batch 256
+
+Everything it learns from is drawn on the fly. OUT receives a sample sheet and a loss curve as it goes (`vae_*.png`,
+`unet_*.png`, `loss.png`), checkpoints, and at the end `model`, a diffusers folder.
+"""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from diffusers import (  # pyright: ignore[reportPrivateImportUsage]
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from diffusers.training_utils import EMAModel
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from csd_2d.errors import one_sentence
+from csd_2d.images import replacing, write_image
+from csd_2d.tiny.instructions import WORDINGS, draw_edits
+from csd_2d.tiny.scenes import Scenes, draw_scenes
+
+TOKENS = 32
+"""Length of an encoded prompt, start and end marks included."""
+VOCABULARY = 900
+LATENT_CHANNELS = 4
+CELL = 2
+"""Pixels per latent cell. With 4, and as few steps, half the detail of a photograph is lost before anything is edited."""
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """The recipe's settings. The defaults are those of the model that ships."""
+
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder for checkpoints, pictures and the model."""
+    size: int = 64
+    """Side of the training images in pixels; the model's window."""
+    vae_steps: int = 3000
+    """Optimiser steps of the autoencoder."""
+    vae_batch: int = 8
+    vae_lr: float = 2e-3
+    steps: int = 12000
+    """Optimiser steps of the U-Net and the text encoder. May be changed on resuming: it says when the learning rate
+    begins to fall, which it does over the last third."""
+    batch: int = 16
+    lr: float = 1e-3
+    ema: float = 0.999
+    """Decay of the weights' running mean, which is what is kept."""
+    drop: float = 0.05
+    """Share of examples without text, without image, and without both: each this much (Brooks et al. 2023, 3.2.1)."""
+    unet_channels: tuple[int, ...] = (32, 64, 128)
+    device: str = "cpu"
+    save_every: int = 500
+    """Steps from one checkpoint to the next."""
+    seed: int = 0
+
+
+# Networks
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's kind of tokenizer with merges learned from the instructions; what it never met it spells byte by byte.
+
+    It is read from `folder` where it has been made before: learning the merges twice does not number them alike.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    if folder.is_dir():
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    letters = sorted(ByteLevel.alphabet())
+    symbols = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    blank = CLIPTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], model_max_length=TOKENS)
+    learned = blank.train_new_from_iterator([WORDINGS], VOCABULARY, show_progress=False)
+    with replacing(folder) as temporary:
+        learned.save_pretrained(temporary)
+    return learned
+
+
+def make_vae(size: int) -> AutoencoderKL:
+    """4 latent channels at half the resolution, a linear map to begin with.
+
+    It starts where it could do no worse than averaging 2x2 pixels: GroupNorm takes from each image what brightness,
+    contrast and colour it had, and a network that must first find ways around that learns slowly. (After 300 steps of
+    8 images: 31.7 dB from the linear start, 21.1 dB from the random one.)
+    """
+    vae = AutoencoderKL(
+        sample_size=size,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=1,
+        latent_channels=LATENT_CHANNELS,
+        mid_block_add_attention=False,
+    )
+    _start_linear(vae)
+    return vae
+
+
+@torch.no_grad()
+def _start_linear(vae: AutoencoderKL) -> None:
+    """Makes encoder and decoder average and repeat pixels, through all their layers.
+
+    Channels 0-2 carry the colours and 3-5 their opposites, for silu(x) - silu(-x) = x; channels 6 and 7 carry large
+    opposite constants, so that GroupNorm divides all images by the same number. Residual branches start at zero.
+    """
+    constant = 8.0
+    for block in vae.modules():
+        if isinstance(block, ResnetBlock2D):
+            nn.init.zeros_(block.conv2.weight)
+            nn.init.zeros_(block.conv2.bias)
+            if block.conv_shortcut is not None:
+                _pass_on(block.conv_shortcut)
+        elif isinstance(block, Downsample2D | Upsample2D):
+            _pass_on(block.conv)
+    for half in (vae.encoder, vae.decoder):
+        first, last, scale = half.conv_in, half.conv_out, half.conv_norm_out.weight
+        first.weight[:8], first.bias[:8] = 0, 0
+        first.bias[6:8] = torch.tensor([constant, -constant])
+        scale.fill_(constant * (2 / len(scale)) ** 0.5)
+        last.weight[:3], last.bias[:] = 0, 0
+        for color in range(3):
+            first.weight[color, color, 1, 1], first.weight[3 + color, color, 1, 1] = 1, -1
+            last.weight[color, color, 1, 1], last.weight[color, 3 + color, 1, 1] = 1, -1
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.bias)
+        conv.weight[range(LATENT_CHANNELS), range(LATENT_CHANNELS)] = 1
+    vae.quant_conv.bias[LATENT_CHANNELS:] = -6  # log variance: a posterior that is nearly sure
+
+
+def _pass_on(conv: nn.Conv2d) -> None:
+    """Channels 0-7 as they are; where the stride is 2, their mean over 2x2 pixels."""
+    conv.weight[:8], conv.bias[:8] = 0, 0  # type: ignore[index]
+    centre = conv.kernel_size[0] // 2
+    for channel in range(8):
+        if conv.stride[0] == 2:
+            conv.weight[channel, channel, :2, :2] = 0.25
+        else:
+            conv.weight[channel, channel, centre, centre] = 1
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_unet(size: int, channels: tuple[int, ...]) -> UNet2DConditionModel:
+    """Attention at the coarsest level only: at the finer ones it would cost more than all the rest."""
+    plain = len(channels) - 1
+    return UNet2DConditionModel(
+        sample_size=size // CELL,
+        in_channels=2 * LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=(*("DownBlock2D",) * plain, "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", *("UpBlock2D",) * plain),
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=128,
+        attention_head_dim=tuple(width // 32 for width in channels),  # heads, in spite of the name
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, with v prediction: well posed at both ends of it."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+
+
+def make_pipeline(
+    vae: nn.Module, text_encoder: nn.Module, tokenizer: CLIPTokenizer, unet: nn.Module
+) -> StableDiffusionInstructPix2PixPipeline:
+    return StableDiffusionInstructPix2PixPipeline(
+        vae=vae,  # type: ignore[arg-type]
+        text_encoder=text_encoder,  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        unet=unet,  # type: ignore[arg-type]
+        scheduler=make_scheduler(),  # type: ignore[arg-type]
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    )
+
+
+# Examples
+
+
+def held_out(count: int, size: int) -> Scenes:
+    """Scenes that no training step draws: its seeds are below 2^62."""
+    return draw_scenes(count, size, torch.Generator().manual_seed(2**62))
+
+
+def _seed(config: RecipeConfig, stage: int, step: int) -> int:
+    """Each step has a seed of its own, so that a resumed run draws what it would have drawn."""
+    return (config.seed * 2 + stage) * 2**40 + step
+
+
+@dataclass(frozen=True)
+class Pairs(Dataset):
+    """Step -> sources, targets and wordings; the same step gives the same examples.
+
+    With `vae` images come as unscaled latents, made where the loader's process runs: beside the training step.
+    """
+
+    config: RecipeConfig
+    count: int
+    stage: int
+    vae: AutoencoderKL | None = None
+
+    @torch.no_grad()
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[str]]:
+        generator = torch.Generator(self.config.device)
+        generator.manual_seed(_seed(self.config, self.stage, step))
+        scenes = draw_scenes(self.count, self.config.size, generator)
+        targets, wordings = draw_edits(scenes, generator)
+        if self.vae is None:
+            return scenes.images, targets, wordings
+        latents = self.vae.encode(2 * torch.cat([scenes.images, targets]) - 1).latent_dist.mode()
+        return *latents.chunk(2), wordings
+
+
+def _loader(pairs: Pairs, steps: Iterable[int]) -> DataLoader:
+    # On a CPU one process draws examples while the other learns; a GPU draws them faster than they could be sent.
+    workers = 1 if pairs.config.device == "cpu" else 0
+    return DataLoader(pairs, batch_size=None, sampler=list(steps), num_workers=workers)
+
+
+# Training
+
+
+class _Run:
+    """Networks under training with all that a resumed run needs, and its curve."""
+
+    def __init__(self, folder: Path, name: str, networks: dict[str, nn.Module], lr: float, ema: float, steps: int):
+        self.folder, self.name, self.networks, self.steps = folder, name, networks, steps
+        parameters = [parameter for network in networks.values() for parameter in network.parameters()]
+        self.ema = EMAModel(parameters, decay=ema, min_decay=0.0)
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+        self.parameters, self.lr = parameters, lr
+        self.losses: list[float] = []
+        if self._file.exists():
+            self._load()
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / f"{self.name}.pt"
+
+    def _load(self) -> None:
+        state = torch.load(self._file, map_location="cpu", weights_only=True)
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.parameters[0].device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses = state["losses"]
+        print(f"{self.name}: goes on after step {len(self.losses)}")
+
+    def save(self) -> None:
+        state = {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses,
+        }
+        with replacing(self._file) as temporary:
+            torch.save(state, temporary)
+
+    def steps_left(self) -> range:
+        return range(len(self.losses), self.steps)
+
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step: warm-up over 200 steps, then constant, then linearly down over the last third."""
+        step = len(self.losses)
+        factor = min((step + 1) / 200, (self.steps - step) / (self.steps / 3), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * max(factor, 1e-3)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.ema.step(self.parameters)
+        self.losses.append(loss.item())
+
+    def checkpoint(self, sheet: Float[Tensor, "3 H W"]) -> None:
+        self.save()
+        write_image(sheet, self.folder / f"{self.name}_{len(self.losses):06d}.png")
+        _plot(self.losses, f"{self.name} loss", self.folder / f"{self.name}_loss.png")
+
+
+def _plot(losses: list[float], label: str, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    window = max(len(losses) // 200, 1)
+    smooth = torch.tensor(losses)[: len(losses) // window * window].view(-1, window).mean(1)
+    axes.plot([window * (i + 1) for i in range(len(smooth))], smooth.tolist())
+    axes.set(xlabel="step", ylabel=label, yscale="log")
+    axes.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def sheet(rows: Iterable[Float[Tensor, "n 3 s s"]]) -> Float[Tensor, "3 H W"]:
+    """Batches of images as the rows of one picture, twice their size."""
+    picture = torch.cat([torch.cat(list(row.cpu()), 2) for row in rows], 1)
+    return F.interpolate(picture[None], scale_factor=2)[0]
+
+
+def train_vae(config: RecipeConfig) -> AutoencoderKL:
+    """Learns the autoencoder on scenes and edited scenes: absolute plus squared error, and a touch of KL divergence.
+
+    The returned one's scaling factor makes the latents' deviation 1.
+    """
+    torch.manual_seed(config.seed)
+    vae = make_vae(config.size).to(config.device)
+    run = _Run(config.output, "vae", {"vae": vae}, config.vae_lr, config.ema, config.vae_steps)
+    shown = 2 * held_out(12, config.size).images.to(config.device) - 1
+
+    @torch.no_grad()
+    def reconstructions() -> Float[Tensor, "n 3 s s"]:
+        return vae.decode(vae.encode(shown).latent_dist.mode()).sample
+
+    progress = tqdm(run.steps_left(), desc="autoencoder", unit="step", smoothing=0.02)
+    for step, (sources, targets, _) in zip(
+        progress, _loader(Pairs(config, config.vae_batch // 2, stage=0), run.steps_left()), strict=True
+    ):
+        torch.manual_seed(_seed(config, 0, step))
+        images = 2 * torch.cat([sources, targets]) - 1
+        posterior = vae.encode(images).latent_dist
+        error = vae.decode(posterior.sample()).sample - images
+        loss = error.abs().mean() + 2 * error.square().mean() + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        run.update(loss)
+        if (step + 1) % config.save_every == 0 or step + 1 == run.steps:
+            restored = reconstructions()
+            run.checkpoint(sheet([shown / 2 + 0.5, restored.clamp(-1, 1) / 2 + 0.5]))
+            progress.set_postfix(psnr=f"{-10 * ((restored - shown) / 2).square().mean().log10():.1f} dB")
+    run.ema.copy_to(run.parameters)
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        deviation = vae.encode(2 * held_out(256, config.size).images.to(config.device) - 1).latent_dist.mode().std()
+    vae.register_to_config(scaling_factor=round(1 / deviation.item(), 4))
+    return vae
+
+
+def _tokens(tokenizer: CLIPTokenizer, wordings: list[str]) -> Int[Tensor, "n tokens"]:
+    return tokenizer(wordings, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+
+
+def drop_conditions(
+    wordings: list[str], condition: Float[Tensor, "n c h w"], share: float
+) -> tuple[list[str], Float[Tensor, "n c h w"]]:
+    """Takes the text from some examples, the image from as many others and both from as many again."""
+    lot = torch.rand(len(wordings))
+    kept_text = ["" if share > x or 3 * share > x >= 2 * share else w for w, x in zip(wordings, lot, strict=True)]
+    blind = (lot >= share) & (lot < 3 * share)
+    return kept_text, condition.masked_fill(blind[:, None, None, None].to(condition.device), 0)
+
+
+def train_unet(config: RecipeConfig, vae: AutoencoderKL) -> StableDiffusionInstructPix2PixPipeline:
+    """Learns the U-Net and the text encoder: v prediction, mean squared error at uniform timesteps."""
+    torch.manual_seed(config.seed + 1)
+    tokenizer = make_tokenizer(config.output / "tokenizer")
+    text_encoder = make_text_encoder(tokenizer).to(config.device)
+    unet = make_unet(config.size, config.unet_channels).to(config.device)
+    run = _Run(config.output, "unet", {"unet": unet, "text_encoder": text_encoder}, config.lr, config.ema, config.steps)
+    scheduler = make_scheduler()
+    pipeline = make_pipeline(vae, text_encoder, tokenizer, unet)
+    shown = held_out(12, config.size)
+    answers, wordings = draw_edits(shown, torch.Generator().manual_seed(1))
+
+    def samples() -> Float[Tensor, "n 3 s s"]:
+        run.ema.store(run.parameters)
+        run.ema.copy_to(run.parameters)
+        edited = edit_with_diffusers(pipeline, shown.images, wordings)
+        run.ema.restore(run.parameters)
+        return edited
+
+    progress = tqdm(run.steps_left(), desc="U-Net", unit="step", smoothing=0.02)
+    pairs = Pairs(config, config.batch, stage=1, vae=vae)
+    autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.device != "cpu")
+    for step, (sources, targets, said) in zip(progress, _loader(pairs, run.steps_left()), strict=True):
+        torch.manual_seed(_seed(config, 1, step))
+        said, condition = drop_conditions(said, sources, config.drop)
+        x_0 = targets * vae.config["scaling_factor"]
+        noise = torch.randn_like(x_0)
+        timesteps = torch.randint(len(scheduler), (len(x_0),), device=x_0.device)
+        x_t = scheduler.add_noise(x_0, noise, timesteps)  # type: ignore[arg-type]
+        with autocast:
+            text = text_encoder(_tokens(tokenizer, said).to(config.device))[0]
+            estimate = unet(torch.cat([x_t, condition], 1), timesteps, encoder_hidden_states=text).sample
+        loss = F.mse_loss(estimate.float(), scheduler.get_velocity(x_0, noise, timesteps))  # type: ignore[arg-type]
+        run.update(loss)
+        progress.set_postfix(loss=f"{sum(run.losses[-200:]) / len(run.losses[-200:]):.4f}", refresh=False)
+        if (step + 1) % config.save_every == 0 or step + 1 == run.steps:
+            run.checkpoint(sheet([shown.images, samples(), answers]))
+            print("   ".join(wordings))
+    run.ema.copy_to(run.parameters)
+    return pipeline
+
+
+def edit_with_diffusers(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    images: Float[Tensor, "n 3 s s"],
+    prompts: list[str],
+    guidance_scale: float = 1.0,
+    image_guidance_scale: float = 1.0,
+    num_inference_steps: int = 20,
+    seed: int = 0,
+) -> Float[Tensor, "n 3 s s"]:
+    """diffusers' own pipeline on a batch: what the model does before any of our loop."""
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(
+        prompts,
+        image=images,  # type: ignore[arg-type]
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+        num_inference_steps=num_inference_steps,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    )
+    return output.images.float().cpu()  # type: ignore[union-attr]
+
+
+def run_recipe(config: RecipeConfig) -> Path:
+    """Trains what is not trained yet; returns the folder of the finished model."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    pipeline = train_unet(config, train_vae(config))
+    # Half precision on disk: it rounds weights by at most 0.05 %, and halves the size.
+    for network in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
+        for parameter in network.parameters():
+            parameter.data = parameter.data.cpu().half()
+    folder = config.output / "model"
+    with replacing(folder) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        # transformers notes in the settings of a tokenizer it loaded where that came from.
+        shutil.copytree(config.output / "tokenizer", temporary / "tokenizer", dirs_exist_ok=True)
+    return folder
+
+
+def main() -> None:
+    with one_sentence("csd_2d.tiny.train"):
+        config = tyro.cli(RecipeConfig, description=__doc__)
+        print(f"wrote {run_recipe(config)}")
+
+
+if __name__ == "__main__":
+    main()
