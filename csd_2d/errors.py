@@ -1,6 +1,7 @@
 """Errors a user can mend, told in one sentence: the boundary of both command lines."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,9 @@ def one_sentence(program: str | None) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # whoever read our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
+        raise SystemExit(1) from None
     except (ValueError, OSError, ImportError, NonFiniteError, torch.OutOfMemoryError) as error:
         if os.environ.get("CSD_TRACEBACK"):
             raise

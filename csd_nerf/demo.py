@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import platform
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.models.base_model import Model
 from nerfstudio.models.nerfacto import NerfactoModelConfig
 from nerfstudio.pipelines.base_pipeline import Pipeline
+from nerfstudio.scripts.train import train_loop
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -140,12 +140,7 @@ def train(config: TrainerConfig) -> Path:
     config.pipeline.datamanager.data = config.data
     config.set_timestamp()
     config.save_config()
-    random.seed(config.machine.seed)
-    np.random.seed(config.machine.seed)
-    torch.manual_seed(config.machine.seed)
-    trainer = config.setup(local_rank=0, world_size=1)
-    trainer.setup()
-    trainer.train()
+    train_loop(local_rank=0, world_size=1, config=config)
     return config.get_base_dir() / "config.yml"
 
 

@@ -1,12 +1,13 @@
 r"""Do particles agree on one answer to an ambiguous instruction, and how close do they come to it?
 
-Every particle gets "paint it a new color" of the analytic prior, six equally likely answers. Reported for each variant
-and number of particles N, over seeds: the share of particles on the most common answer (1/6 would be chance for
-N -> infinity), and the PSNR of each particle to the exact answer it took.
+Every particle gets "paint it a new color", six equally likely answers. Reported for each variant and number of
+particles N, over seeds: the share of particles on the most common answer (1/6 would be chance for N -> infinity), and
+the PSNR of each particle to the exact answer it took.
 
     python tests/bench/agreement.py --frames FOLDER --output agreement.json
     python tests/bench/agreement.py --counts 48 --batch 8 --seeds 10 \
         --variants default "default, no joint steps" --output joint_steps.json
+    python tests/bench/agreement.py --prior tiny --counts 8 --seeds 10 --height 64 --width 64 --output learned.json
 
 Without --frames the particles are smooth random images. --batch makes a step take a part of the particles.
 """
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 import tyro
 
 from csd_2d import EditConfig, load_preset
+from csd_2d.closed_form import known_answers
 from csd_2d.images import edit_images
-from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.priors import Prior, load_prior
 from csd_2d.video import read_clip
 
 PROMPT = "paint it a new color"
@@ -50,11 +52,10 @@ def _smooth_images(count: int, height: int, width: int, seed: int) -> torch.Tens
     return F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True) * 0.7 + 0.15
 
 
-def _measure(images: torch.Tensor, config: EditConfig) -> tuple[float, float]:
+def _measure(images: torch.Tensor, prior: Prior, config: EditConfig) -> tuple[float, float]:
     """Share of particles on the most common answer; mean PSNR in dB to the answer each took."""
-    prior = AnalyticPrior()
     edited = torch.stack(edit_images(list(images), prior, PROMPT, config))
-    errors = torch.stack([(answer - edited).square().flatten(1).mean(1) for answer in prior.answers(PROMPT, images)])
+    errors = torch.stack([(answer - edited).square().flatten(1).mean(1) for answer in known_answers(PROMPT, images)])
     error, answer = errors.min(0)
     return answer.bincount().max().item() / len(images), (-10 * error.clamp(min=1e-12).log10()).mean().item()
 
@@ -62,6 +63,7 @@ def _measure(images: torch.Tensor, config: EditConfig) -> tuple[float, float]:
 def main(
     output: Path,
     frames: Path | None = None,
+    prior: str = "analytic",
     seeds: int = 20,
     steps: int = 60,
     counts: tuple[int, ...] = (1, 2, 4, 8, 16),
@@ -72,6 +74,7 @@ def main(
 ) -> None:
     """Measures every variant and writes a table as JSON."""
     torch.set_num_threads(1)
+    model = load_prior(prior)
     clip = None
     if frames is not None:
         clip = F.interpolate(torch.stack(read_clip(frames).frames), (height, width), mode="area")
@@ -86,7 +89,7 @@ def main(
                     images = _smooth_images(count, height, width, seed)
                 else:
                     images = clip[:: max(len(clip) // count, 1)][:count]
-                results.append(_measure(images, config))
+                results.append(_measure(images, model, config))
             agreement, psnr = torch.tensor(results).unbind(1)
             rows.append(
                 {
@@ -100,7 +103,9 @@ def main(
             )
             print(rows[-1], flush=True)
     output.write_text(
-        json.dumps({"prompt": PROMPT, "seeds": seeds, "steps": steps, "batch": batch, "rows": rows}, indent=1)
+        json.dumps(
+            {"prompt": PROMPT, "prior": prior, "seeds": seeds, "steps": steps, "batch": batch, "rows": rows}, indent=1
+        )
     )
 
 

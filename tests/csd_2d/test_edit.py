@@ -178,6 +178,16 @@ def test_joint_steps_of_many_particles_take_some_of_all_over(monkeypatch):
     assert seen[0].indices == [0, 4, 8]
 
 
+@pytest.mark.parametrize(("total", "expected"), [(3, 3), (12, 8), (60, 20)])
+def test_by_default_a_third_of_the_particles_takes_part_in_a_step(total, expected):
+    drawn = []
+    images = torch.rand(total, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    stack = LatentStack(images, images)
+    config = EditConfig(steps=2, joint_steps=1)
+    edit(stack, AnalyticPrior(), "make it night", config, on_step=lambda info: drawn.append(len(info.indices)))
+    assert drawn == [total, expected]
+
+
 def test_the_prior_never_sees_more_particles_at_once_than_a_batch(stack):
     sizes = []
 
@@ -294,5 +304,5 @@ def test_empty_prompt_and_unknown_prior():
         edit_images([torch.rand(3, 8, 8)], AnalyticPrior(), " ")
     with pytest.raises(ValueError, match="there are no images"):
         edit_images([], AnalyticPrior(), "make it night")
-    with pytest.raises(ValueError, match="unknown prior 'nope'; expected 'analytic'"):
+    with pytest.raises(ValueError, match="unknown prior 'nope'; expected 'tiny', 'analytic'"):
         load_prior("nope")
