@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 import torch
 import yaml
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from csd_2d.csd import Baseline, add_noise, edit_residual, surrogate_loss, svgd_direction
@@ -165,6 +167,72 @@ def batches(total: int, size: int, generator: torch.Generator) -> Iterator[list[
         yield batch
 
 
+class EditRun:
+    """One edit by CSD-Edit (arXiv 2307.04787, eq. 9), step by step; the caller steps along the gradient.
+
+    Every step draws one timestep for all particles, noises the particles and their sources alike, takes the residual
+    between the guided and the baseline estimate and mixes the scores with SVGD.
+
+    Args:
+        particles: what to edit.
+        prompt: the instruction, e.g. "make it night".
+
+    Raises:
+        ValueError: if the prompt is empty or unknown to the prior.
+    """
+
+    def __init__(self, particles: Particles, prior: Prior, prompt: str, config: EditConfig) -> None:
+        check_prompt(prompt)
+        self.particles, self.prior, self.config = particles, prior, config
+        self.guidance = {
+            name: getattr(prior if getattr(config, name) is None else config, name)
+            for name in ("guidance_scale", "image_guidance_scale")
+        }
+        self._text = prior.encode_text(prompt)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        total = len(particles)
+        self._batch = max(8, -(-total // 3)) if config.batch is None else config.batch
+        self._drawn = batches(total, self._batch, self._generator)
+        self._everyone = torch.linspace(0, total - 1, min(total, JOINT_PARTICLES)).round().long().tolist()
+        self._timesteps = tuple(
+            round(share * (prior.num_timesteps - 1)) for share in (config.min_timestep, config.max_timestep)
+        )
+
+    def loss(self, step: int) -> tuple[Float[Tensor, ""], StepInfo]:
+        """A scalar whose gradient with respect to the particles is -w(t) phi, w(t) = sigma^2.
+
+        Steps are to be asked for in order, 0 .. config.steps - 1: the kernel's bandwidth depends on them, and what is
+        random is drawn on the way.
+        """
+        particles, prior, config = self.particles, self.prior, self.config
+        indices = self._everyone if step < config.joint_steps else next(self._drawn)
+        lowest, highest = self._timesteps
+        timestep = int(torch.randint(lowest, highest + 1, (), generator=self._generator))
+        alpha, sigma = prior.alpha_sigma(timestep)
+
+        x_0 = particles.render(indices)
+        clean = x_0.detach()
+        noise = particles.noise(indices, config.noise, self._generator)
+        x_t = add_noise(clean, noise, alpha, sigma)
+        source_t = add_noise(particles.source(indices), noise, alpha, sigma)
+        condition = particles.condition(indices)
+        size = self._batch or len(indices)  # a joint step takes no more memory in the prior than any other
+        residual = torch.cat(
+            [
+                edit_residual(
+                    prior, *rows, timestep=timestep, text=self._text, **self.guidance, baseline=config.baseline
+                )
+                for rows in zip(*(stack.split(size) for stack in (x_t, source_t, noise, condition)), strict=True)
+            ]
+        )
+        direction = -residual
+        if config.svgd:
+            compared = clean if config.kernel_input == "clean" else x_t
+            direction = svgd_direction(direction, compared, _kernel(config, step), config.normalize_rows)
+        info = StepInfo(step, timestep, indices, residual.square().mean().sqrt().item())
+        return surrogate_loss(x_0, direction, weight=sigma**2), info
+
+
 def edit(
     particles: Particles,
     prior: Prior,
@@ -173,11 +241,7 @@ def edit(
     on_step: Callable[[StepInfo], None] | None = None,
     progress: str | None = None,
 ) -> None:
-    """Edits particles in place by CSD-Edit (arXiv 2307.04787, eq. 9).
-
-    Every step draws one timestep for all particles, noises the particles and their sources alike, takes the residual
-    between the guided and the baseline estimate, mixes the scores with SVGD and lets autograd carry
-    -w(t) phi to the parameters, w(t) = sigma^2. Same seed, same bits on a CPU.
+    """Edits particles in place: `EditRun` with SGD. Same seed, same bits on a CPU.
 
     Args:
         particles: what to edit; their parameters change.
@@ -191,55 +255,22 @@ def edit(
         NonFiniteError: if latents become NaN or infinite; names the step.
     """
     config = config or EditConfig()
-    check_prompt(prompt)
-    text = prior.encode_text(prompt)
-    scales = {
-        name: getattr(prior if getattr(config, name) is None else config, name)
-        for name in ("guidance_scale", "image_guidance_scale")
-    }
-    generator = torch.Generator().manual_seed(config.seed)
+    run = EditRun(particles, prior, prompt, config)
     optimizer = torch.optim.SGD(particles.parameters(), lr=config.lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_decay_every, config.lr_decay)
-    batch = max(8, -(-len(particles) // 3)) if config.batch is None else config.batch
-    drawn = batches(len(particles), batch, generator)
-    everyone = torch.linspace(0, len(particles) - 1, min(len(particles), JOINT_PARTICLES)).round().long().tolist()
-    lowest = round(config.min_timestep * (prior.num_timesteps - 1))
-    highest = round(config.max_timestep * (prior.num_timesteps - 1))
-
     for step in tqdm(range(config.steps), desc=progress, disable=progress is None, unit="step"):
-        indices = everyone if step < config.joint_steps else next(drawn)
-        timestep = int(torch.randint(lowest, highest + 1, (), generator=generator))
-        alpha, sigma = prior.alpha_sigma(timestep)
-
-        x_0 = particles.render(indices)
-        clean = x_0.detach()
-        noise = particles.noise(indices, config.noise, generator)
-        x_t = add_noise(clean, noise, alpha, sigma)
-        source_t = add_noise(particles.source(indices), noise, alpha, sigma)
-        condition = particles.condition(indices)
-        size = batch or len(indices)  # a joint step takes no more memory in the prior than any other
-        residual = torch.cat(
-            [
-                edit_residual(prior, *rows, timestep=timestep, text=text, **scales, baseline=config.baseline)
-                for rows in zip(*(stack.split(size) for stack in (x_t, source_t, noise, condition)), strict=True)
-            ]
-        )
-        direction = -residual
-        if config.svgd:
-            compared = clean if config.kernel_input == "clean" else x_t
-            direction = svgd_direction(direction, compared, _kernel(config, step), config.normalize_rows)
-
+        loss, info = run.loss(step)
         optimizer.zero_grad()
-        surrogate_loss(x_0, direction, weight=sigma**2).backward()
+        loss.backward()
         optimizer.step()
         scheduler.step()
         if not all(bool(p.isfinite().all()) for p in particles.parameters()):
             raise NonFiniteError(
-                f"latents are not finite after step {step + 1} of {config.steps} (timestep {timestep}); "
-                f"lower lr (now {config.lr}) or the guidance scales (now {' and '.join(map(str, scales.values()))})."
+                f"latents are not finite after step {step + 1} of {config.steps} (timestep {info.timestep}); lower lr "
+                f"(now {config.lr}) or the guidance scales (now {' and '.join(map(str, run.guidance.values()))})."
             )
         if on_step is not None:
-            on_step(StepInfo(step, timestep, indices, residual.square().mean().sqrt().item()))
+            on_step(info)
 
 
 def _kernel(config: EditConfig, step: int) -> RBFKernel:

@@ -39,6 +39,20 @@ def _standard_normal(shape: Sequence[int], generator: torch.Generator, like: Ten
     return torch.randn(tuple(shape), generator=generator).to(like.device)
 
 
+def stack_noise(
+    latents: Float[Tensor, "n c h w"], mode: NoiseMode, generator: torch.Generator
+) -> Float[Tensor, "n c h w"]:
+    """Noise for images of their own: one map each, or one for all.
+
+    Raises:
+        ValueError: for a mode that needs crops of one canvas.
+    """
+    if mode == "canvas":
+        raise ValueError("noise 'canvas' needs crops of one canvas (a panorama); use 'independent' or 'shared'.")
+    count = 1 if mode == "shared" else len(latents)
+    return _standard_normal((count, *latents.shape[1:]), generator, latents).expand_as(latents)
+
+
 class LatentStack:
     """Particles with a latent of their own: the frames of a video, the views of a scene.
 
@@ -72,12 +86,7 @@ class LatentStack:
         return self._condition[list(indices)]
 
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-        shape = self.latents.shape[1:]
-        if mode == "independent":
-            return _standard_normal((len(indices), *shape), generator, self.latents)
-        if mode == "shared":
-            return _standard_normal((1, *shape), generator, self.latents).expand(len(indices), *shape)
-        raise ValueError("noise 'canvas' needs crops of one canvas (a panorama); use 'independent' or 'shared'.")
+        return stack_noise(self.latents[list(indices)], mode, generator)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return [self.latents]

@@ -1,5 +1,6 @@
 """The nerfstudio pipeline that edits its scene while it trains."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch.nn import Parameter
 from csd_2d.edit import EditConfig
 from csd_2d.priors import Prior, load_prior
 from csd_nerf.dataset_update import DatasetUpdate
+from csd_nerf.distill import Distillation
 from csd_nerf.scene import TrainingViews
 from csd_nerf.source_run import check_fits
 
@@ -22,6 +24,10 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     _target: type = field(default_factory=lambda: CsdEditPipeline)
     prompt: str = ""
     """The instruction, e.g. "make it night"."""
+    mode: Literal["dataset-update", "distill"] = "dataset-update"
+    """How the edit reaches the scene. dataset-update: in rounds, training images are edited and learned again (what
+    the paper does). distill: every step renders some views, and the direction of the edit goes back through encoder
+    and renderer into the scene; `edit.steps` and `edit.lr` are then those of the training."""
     prior: str = "ip2p"
     """Diffusion model: 'ip2p' (timbrooks/instruct-pix2pix), another hub id, a local folder with a diffusers
     InstructPix2Pix pipeline, 'tiny' (ships with this package), or 'analytic' (exact scores of closed-form edits)."""
@@ -39,9 +45,9 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """Another than `default` takes the place of all settings under `edit` but the seed: a name in configs/ (`paper` is
     the published algorithm), or a .yaml file."""
     views_per_round: int = 16
-    """Training views edited together in one round (paper: 16); 0 takes all of them."""
+    """Training views edited together in one round (paper: 16); 0 takes all of them. Dataset update only."""
     steps_per_round: int = 2000
-    """NeRF steps from one round to the next (paper: 2000)."""
+    """NeRF steps from one round to the next (paper: 2000). Dataset update only."""
 
     def __post_init__(self) -> None:
         for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1)):
@@ -61,6 +67,7 @@ class CsdEditPipeline(VanillaPipeline):
 
     def __init__(self, config: CsdEditPipelineConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self._distillation: Distillation | None = None
         self.model.camera_optimizer.requires_grad_(False)
         embedding = self.model.field.embedding_appearance  # type: ignore[union-attr]
         if embedding is not None:
@@ -96,6 +103,11 @@ class CsdEditPipeline(VanillaPipeline):
                 local_files_only=config.local_files_only,
             )
 
+        if config.mode == "distill":
+            edit = dataclasses.replace(config.edit, steps=trainer.config.max_num_iterations)
+            parameters = [p for group in self.get_param_groups().values() for p in group]
+            self._distillation = Distillation(TrainingViews(self), prior, config.prompt, edit, parameters)
+            return callbacks
         update = DatasetUpdate(
             TrainingViews(self),
             prior,
@@ -115,3 +127,11 @@ class CsdEditPipeline(VanillaPipeline):
             [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], run_round, update_every_num_iters=config.steps_per_round
         )
         return [*callbacks, before]
+
+    def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        if self._distillation is None:
+            return super().get_train_loss_dict(step)
+        # The prior has a precision of its own, and so does the path back through its encoder.
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            loss, info = self._distillation.loss(step)
+        return {}, {"csd": loss}, {"edit_residual": info.residual_norm}

@@ -1,13 +1,28 @@
 """The training views of a scene as images: rendered, original, and as what they supervise."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.models.nerfacto import NerfactoModel
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """No jitter, the mean appearance, no tuned poses; afterwards the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class TrainingViews:
@@ -44,19 +59,38 @@ class TrainingViews:
         image = self._dataset[index]["image"]
         return self._model.renderer_rgb.blend_background(image).permute(2, 0, 1)
 
+    def _rays(self, index: int) -> RayBundle:
+        """Of all pixels, from the pose the view was trained at, (H, W)."""
+        rays = self._cameras.generate_rays(camera_indices=index, keep_shape=True)
+        # The model applies a tuned pose in train mode only.
+        correction = self._model.camera_optimizer(torch.tensor([index]))[0].detach().to(rays.origins)
+        rays.origins = rays.origins + correction[:, 3]
+        rays.directions = rays.directions @ correction[:, :3].T
+        return rays
+
     @torch.no_grad()
     def render(self, index: int) -> Float[Tensor, "3 H W"]:
         """What the model shows at present, from the pose the view was trained at, in eval mode and in chunks."""
-        was_training = self._model.training
-        self._model.eval()
-        rays = self._cameras.generate_rays(camera_indices=index, keep_shape=True)
-        # The model applies a tuned pose in train mode only.
-        correction = self._model.camera_optimizer(torch.tensor([index]))[0].to(rays.origins)
-        rays.origins = rays.origins + correction[:, 3]
-        rays.directions = rays.directions @ correction[:, :3].T
-        rgb = self._model.get_outputs_for_camera_ray_bundle(rays)["rgb"]
-        self._model.train(was_training)
+        with _eval_mode(self._model):
+            rgb = self._model.get_outputs_for_camera_ray_bundle(self._rays(index))["rgb"]
         return rgb.clamp(0, 1).permute(2, 0, 1).float().cpu()
+
+    def render_with_gradient(self, index: int, rays_per_chunk: int = 4096) -> Float[Tensor, "3 H W"]:
+        """The same image on the model's device, differentiable with respect to the model.
+
+        The graph of one chunk of rays at a time is in memory: chunks are rendered without one, and again, from the same
+        random state, when the gradient comes back to them.
+        """
+        rays = self._rays(index)
+
+        def colors(start: int) -> Float[Tensor, "n 3"]:
+            with _eval_mode(self._model):  # here, for the second rendering happens within backward()
+                chunk = rays.get_row_major_sliced_ray_bundle(start, start + rays_per_chunk)
+                return self._model(chunk.to(self._model.device))["rgb"]
+
+        starts = range(0, len(rays), rays_per_chunk)
+        rgb = torch.cat([checkpoint(colors, start, use_reentrant=False) for start in starts])  # type: ignore[misc]
+        return rgb.float().view(*rays.shape, 3).permute(2, 0, 1)
 
     def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
         """Puts an image in place of the one the view is trained on.

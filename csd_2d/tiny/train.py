@@ -180,7 +180,11 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_unet(size: int, channels: tuple[int, ...]) -> UNet2DConditionModel:
-    """Attention at the coarsest level only: at the finer ones it would cost more than all the rest."""
+    """Text steers every layer through the time embedding, and by attention at the coarsest level.
+
+    Attention at finer levels would cost more than all the rest; without the time embedding the first thousands of steps
+    go by before the text is heard at all.
+    """
     plain = len(channels) - 1
     return UNet2DConditionModel(
         sample_size=size // CELL,
@@ -192,6 +196,9 @@ def make_unet(size: int, channels: tuple[int, ...]) -> UNet2DConditionModel:
         layers_per_block=1,
         norm_num_groups=16,
         cross_attention_dim=128,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        resnet_time_scale_shift="scale_shift",
         attention_head_dim=tuple(width // 32 for width in channels),  # heads, in spite of the name
     )
 
@@ -405,7 +412,7 @@ def train_unet(config: RecipeConfig, vae: AutoencoderKL) -> StableDiffusionInstr
     torch.manual_seed(config.seed + 1)
     tokenizer = make_tokenizer(config.output / "tokenizer")
     text_encoder = make_text_encoder(tokenizer).to(config.device)
-    unet = make_unet(config.size, config.unet_channels).to(config.device)
+    unet = make_unet(config.size, config.unet_channels).to(config.device, memory_format=torch.channels_last)
     run = _Run(config.output, "unet", {"unet": unet, "text_encoder": text_encoder}, config.lr, config.ema, config.steps)
     scheduler = make_scheduler()
     pipeline = make_pipeline(vae, text_encoder, tokenizer, unet)

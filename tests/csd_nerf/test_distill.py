@@ -1,0 +1,92 @@
+"""Mode distill: the gradient that comes back piece by piece is the one of a single graph."""
+
+
+import pytest
+import torch
+from nerfstudio.utils.eval_utils import eval_setup
+
+from csd_2d import EditConfig
+from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
+from csd_nerf.distill import SceneParticles
+from csd_nerf.scene import TrainingViews
+from tests.csd_nerf.test_training import checkpoint, edit_in_process
+from tests.tiny_pipeline import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline(scene_run):
+    """A scene that shows something: gradients of an empty one would all be zero."""
+    return eval_setup(scene_run / "config.yml")[1]
+
+
+def parameters(pipeline):
+    return [p for group in pipeline.get_param_groups().values() for p in group]
+
+
+def gradients(pipeline, loss):
+    for parameter in parameters(pipeline):
+        parameter.grad = None
+    loss.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters(pipeline)]
+
+
+def test_chunks_show_what_one_graph_shows(pipeline):
+    views = TrainingViews(pipeline)
+    pipeline.train()
+    image = views.render_with_gradient(2, rays_per_chunk=100)
+    assert pipeline.model.training
+    torch.testing.assert_close(image.detach(), views.render(2))
+
+
+@pytest.mark.parametrize("prior", [AnalyticPrior(), InstructPix2PixPrior(tiny_pipeline())], ids=["analytic", "ip2p"])
+def test_the_gradient_is_that_of_one_graph(pipeline, prior):
+    """The same loss, built once chunk by chunk and once as a single graph without checkpoints."""
+    views = TrainingViews(pipeline)
+    particles = SceneParticles(views, prior, parameters(pipeline))
+    indices = [0, 3, 5]
+    direction = torch.randn(particles.source(indices).shape, generator=torch.Generator().manual_seed(0))
+    pipeline.train()
+
+    pieces = gradients(pipeline, (particles.render(indices) * direction).sum())
+
+    pipeline.eval()
+    cameras = pipeline.datamanager.train_dataset.cameras
+    images = [pipeline.model(cameras.generate_rays(i, keep_shape=False))["rgb"].view(24, 32, 3) for i in indices]
+    whole = gradients(pipeline, (prior.encode(torch.stack(images).permute(0, 3, 1, 2)) * direction).sum())
+    assert sum(bool(gradient.any()) for gradient in whole) >= 3
+    one, other = (torch.cat([gradient.flatten() for gradient in all_of_them]) for all_of_them in (pieces, whole))
+    assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_random_states_are_replayed(pipeline, monkeypatch):
+    """With rays that are jittered even now, both renderings of a chunk must draw the same jitter."""
+    views = TrainingViews(pipeline)
+    drawn = []
+    forward = pipeline.model.forward
+
+    def jittered(rays):
+        drawn.append(torch.rand(()).item())
+        return {"rgb": forward(rays)["rgb"] * drawn[-1]}
+
+    monkeypatch.setattr(pipeline.model, "forward", jittered)
+    torch.manual_seed(0)
+    image = views.render_with_gradient(0, rays_per_chunk=400)
+    chunks = len(drawn)
+    image.sum().backward()
+    assert chunks == 2 and sorted(drawn[:chunks]) == sorted(drawn[chunks:])
+
+
+def test_a_scene_is_edited(scene_run, tmp_path):
+    """Straight into the scene: its renders come closer to the answer, and its training images stay what they were."""
+    options = {"load_run": scene_run, "pipeline__mode": "distill", "pipeline__edit": EditConfig(batch=4)}
+    run = edit_in_process(tmp_path, 60, **options)
+    assert not (run / "edited").exists()
+    errors = []
+    for config in (scene_run / "config.yml", run / "config.yml"):
+        views = TrainingViews(eval_setup(config)[1])
+        images = torch.stack([views.original(i) for i in range(len(views))])
+        (night,) = AnalyticPrior().answers("make it night", images)
+        errors.append((torch.stack([views.render(i) for i in range(len(views))]) - night).square().mean())
+    assert errors[1] < 0.3 * errors[0]
+    assert checkpoint(run)["pipeline"].keys() == checkpoint(scene_run)["pipeline"].keys()
