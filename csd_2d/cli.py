@@ -15,7 +15,7 @@ import tyro
 
 from csd_2d.edit import EditConfig, check_prompt, load_preset
 from csd_2d.errors import one_sentence
-from csd_2d.images import IMAGE_SUFFIXES, read_image, write_image
+from csd_2d.images import IMAGE_SUFFIXES, read_image, read_mask, write_image
 from csd_2d.priors import DEFAULT_MODEL, Prior, check_prior, load_prior
 
 
@@ -61,6 +61,11 @@ class Options:
     preset: str = "default"
     """Where the defaults below come from: a name in configs/ (`paper` is the published algorithm), or a .yaml file."""
     edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
+    mask: Path | None = None
+    """Image of the input's size: white where the edit may go, black where not a bit may change. For a video one image,
+    or a folder with one for each frame."""
+    feather: float = 4.0
+    """Width in pixels over which the mask's border falls off, inwards."""
 
 
 @dataclass
@@ -88,8 +93,10 @@ class Panorama:
             raise ValueError(f"output {self.output} is a folder, but its name ends like an image file's.")
         image = read_image(self.input)
         options = self.options
+        height, width = image.shape[-2:]
+        mask = None if options.mask is None else read_mask(options.mask, (height, width), options.feather)
         prior = options.model.load(options.prompt)
-        edited = edit_panorama(image, prior, options.prompt, options.edit, self.stride, progress="editing")
+        edited = edit_panorama(image, prior, options.prompt, options.edit, self.stride, mask, progress="editing")
         write_image(edited, self.output)
         return f"{self.output} ({edited.shape[-1]}x{edited.shape[-2]} px)"
 
@@ -108,14 +115,15 @@ class Video:
     options: Annotated[Options, tyro.conf.arg(name="")]
 
     def run(self) -> str:
-        from csd_2d.video import check_video_output, edit_video, read_clip, write_clip
+        from csd_2d.video import check_video_output, edit_video, read_clip, read_masks, write_clip
 
         _check_output(self.output, self.input)
         clip = read_clip(self.input)
         check_video_output(self.output, clip)
         options = self.options
+        masks = None if options.mask is None else read_masks(options.mask, clip, options.feather)
         prior = options.model.load(options.prompt)
-        edited = edit_video(clip, prior, options.prompt, options.edit, progress="editing")
+        edited = edit_video(clip, prior, options.prompt, options.edit, masks, progress="editing")
         write_clip(edited, self.output)
         return f"{self.output} ({len(edited.frames)} frames)"
 

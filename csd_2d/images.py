@@ -1,5 +1,6 @@
 """Image files, padding, and the edit of a set of images: what video and 3D scenes share."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -74,6 +76,43 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def read_mask(path: Path, size: tuple[int, int], feather: float = 0.0) -> Float[Tensor, "1 H W"]:
+    """An image file as a mask: white is 1, where the edit may go; black is 0.
+
+    Args:
+        size: (height, width) it must have.
+        feather: see `feathered`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`; also if it has another size, or is black all over.
+    """
+    mask = read_image(path).mean(0, keepdim=True)
+    if mask.shape[-2:] != size:
+        height, width = mask.shape[-2:]
+        raise ValueError(f"mask {path} is {width}x{height} px, the image {size[1]}x{size[0]} px; they must be alike.")
+    if not mask.any():
+        raise ValueError(f"mask {path} is black all over, which leaves nothing to edit; white is what may change.")
+    return feathered(mask, feather)
+
+
+def feathered(mask: Float[Tensor, "1 H W"], radius: float) -> Float[Tensor, "1 H W"]:
+    """A mask whose border falls off inwards over `radius` pixels: what was 0 stays exactly 0."""
+    if radius <= 0:
+        return mask
+    reach = math.ceil(radius)
+    taps = (-torch.arange(-reach, reach + 1.0).square() / (2 * (radius / 2) ** 2)).exp()
+    taps = taps / taps.sum()
+    padded = F.pad(mask[None], [reach] * 4, mode="replicate")
+    blurred = F.conv2d(F.conv2d(padded, taps[None, None, None]), taps[None, None, :, None])[0]
+    # Blurred, a straight border is at 1/2: the ramp begins there.
+    return mask * (2 * blurred - 1).clamp(0, 1)
+
+
+def cell_mask(masks: Float[Tensor, "n 1 H W"], cell: int) -> Bool[Tensor, "n 1 h w"]:
+    """Latent cells of which some pixel may change. They change without restraint: what is soft is mixed in pixels."""
+    return F.max_pool2d(masks, cell) > 0
+
+
 def write_image(image: Float[Tensor, "3 H W"], path: Path) -> None:
     """Writes RGB in [0, 1] in the format the name ends in."""
     with replacing(path) as temporary:
@@ -102,6 +141,7 @@ def edit_images(
     prompt: str,
     config: EditConfig | None = None,
     start: Sequence[Float[Tensor, "3 _ _"]] | None = None,
+    masks: Sequence[Float[Tensor, "1 _ _"]] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     progress: str | None = None,
 ) -> list[Float[Tensor, "3 _ _"]]:
@@ -113,16 +153,19 @@ def edit_images(
     Args:
         images: the sources, RGB in [0, 1].
         start: images to start from, of the same sizes (a scene's present renders); default: the sources.
+        masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. Default: all.
         config, on_step, progress: see `csd_2d.edit.edit`.
 
     Returns:
         The edited images on the CPU, in the sources' sizes.
 
     Raises:
-        ValueError: if there are no images, or as `edit` raises.
+        ValueError: if there are no images, if masks do not fit them, or as `edit` raises.
     """
     if not images:
         raise ValueError("there are no images to edit.")
+    if masks is not None and [mask.shape[1:] for mask in masks] != [image.shape[1:] for image in images]:
+        raise ValueError("there must be one mask for each image, of its size.")
     height, width = (round_up(max(image.shape[axis] for image in images), prior.cell) for axis in (-2, -1))
 
     def encoded(encode: Callable[[Tensor], Tensor], sources: Sequence[Tensor]) -> Tensor:
@@ -134,8 +177,10 @@ def edit_images(
         source,
         condition=encoded(prior.condition, images),
         start=source if start is None else encoded(prior.encode, start),
+        mask=None if masks is None else encoded(lambda mask: cell_mask(mask, prior.cell), masks),
     )
     edit(particles, prior, prompt, config, on_step, progress)
     with torch.no_grad():
-        decoded = [prior.decode(latent[None])[0].cpu() for latent in particles.latents.detach()]
-    return [out[:, : image.shape[-2], : image.shape[-1]] for out, image in zip(decoded, images, strict=True)]
+        decoded = [prior.decode(particles.render([index]))[0].cpu() for index in range(len(images))]
+    edited = [out[:, : image.shape[-2], : image.shape[-1]] for out, image in zip(decoded, images, strict=True)]
+    return edited if masks is None else [torch.lerp(*rows) for rows in zip(images, edited, masks, strict=True)]

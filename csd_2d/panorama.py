@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.edit import EditConfig, StepInfo, edit
-from csd_2d.images import pad, round_up
+from csd_2d.images import cell_mask, pad, round_up
 from csd_2d.particles import CanvasCrops
 from csd_2d.priors import Prior
 
@@ -18,6 +18,7 @@ def edit_panorama(
     prompt: str,
     config: EditConfig | None = None,
     stride: int | None = None,
+    mask: Float[Tensor, "1 H W"] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     progress: str | None = None,
 ) -> Float[Tensor, "3 H W"]:
@@ -28,13 +29,14 @@ def edit_panorama(
     Args:
         image: RGB in [0, 1].
         stride: distance between crops in latent cells; default: half a window (paper: a quarter).
+        mask: what may change, in [0, 1]; where 0 the image stays bit for bit. Default: all.
         config, on_step, progress: see `csd_2d.edit.edit`.
 
     Returns:
         The edited image on the CPU, RGB in [0, 1].
 
     Raises:
-        ValueError: if the stride is under 1 or over the window, or as `edit` raises.
+        ValueError: if the stride is under 1 or over the window, if the mask is of another size, or as `edit` raises.
 
     Example:
         >>> from csd_2d import EditConfig, load_prior
@@ -43,12 +45,23 @@ def edit_panorama(
         torch.Size([3, 40, 300])
     """
     height, width = image.shape[-2:]
+    if mask is not None and mask.shape[1:] != image.shape[1:]:
+        raise ValueError(f"the mask must be of the image's size, got {tuple(mask.shape)} for {tuple(image.shape)}.")
     smallest = prior.window * prior.cell
-    padded = pad(image[None], *(max(round_up(size, prior.cell), smallest) for size in (height, width))).to(prior.device)
+    height_padded, width_padded = (max(round_up(size, prior.cell), smallest) for size in (height, width))
+
+    def padded(picture: Tensor) -> Tensor:
+        return pad(picture[None], height_padded, width_padded).to(prior.device)
+
     with torch.no_grad():
         crops = CanvasCrops(
-            prior.encode(padded), prior.condition(padded), prior.window, prior.window // 2 if stride is None else stride
+            prior.encode(padded(image)),
+            prior.condition(padded(image)),
+            prior.window,
+            prior.window // 2 if stride is None else stride,
+            None if mask is None else cell_mask(padded(mask), prior.cell),
         )
     edit(crops, prior, prompt, config, on_step, progress)
     with torch.no_grad():
-        return prior.decode(crops.canvas.detach())[0, :, :height, :width].cpu()
+        edited = prior.decode(crops.edited())[0, :, :height, :width].cpu()
+    return edited if mask is None else torch.lerp(image, edited, mask)

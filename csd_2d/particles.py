@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 NoiseMode = Literal["independent", "shared", "canvas"]
@@ -60,6 +60,7 @@ class LatentStack:
         source: latents of the unedited images.
         condition: what the prior takes as source images (`Prior.condition`).
         start: latents to start from; default: `source`.
+        mask: which cells may change; the others stay the source's. Default: all.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class LatentStack:
         source: Float[Tensor, "n c h w"],
         condition: Float[Tensor, "n c h w"],
         start: Float[Tensor, "n c h w"] | None = None,
+        mask: Bool[Tensor, "n 1 h w"] | None = None,
     ) -> None:
         self._source = source.detach().float()
         self._condition = condition.detach()
+        self._mask = mask
         # Master latents stay fp32 whatever the model computes in: fp16 loses updates below 1e-3.
         self.latents = nn.Parameter((source if start is None else start).detach().float().clone())
 
@@ -77,7 +80,8 @@ class LatentStack:
         return len(self.latents)
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        return self.latents[list(indices)]
+        latents = self.latents[list(indices)]
+        return latents if self._mask is None else torch.where(self._mask[list(indices)], latents, self.source(indices))
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._source[list(indices)]
@@ -130,19 +134,26 @@ class CanvasCrops:
         condition: the whole unedited image as the prior wants it.
         window: side of a square crop, in cells.
         stride: distance between crops, in cells, at most `window`.
+        mask: which cells may change; the others stay the source's. Default: all.
 
     Raises:
         ValueError: if the window does not fit or the stride would leave cells uncovered.
     """
 
     def __init__(
-        self, source: Float[Tensor, "1 c h w"], condition: Float[Tensor, "1 c h w"], window: int, stride: int
+        self,
+        source: Float[Tensor, "1 c h w"],
+        condition: Float[Tensor, "1 c h w"],
+        window: int,
+        stride: int,
+        mask: Bool[Tensor, "1 1 h w"] | None = None,
     ) -> None:
         if not 1 <= stride <= window:
             raise ValueError(f"stride must be from 1 to the window of {window} cells, got {stride}.")
         self.window = window
         self._source = source.detach().float()
         self._condition = condition.detach()
+        self._mask = mask
         self.canvas = nn.Parameter(self._source.clone())
         height, width = source.shape[-2:]
         self.corners = [
@@ -160,8 +171,12 @@ class CanvasCrops:
         coverage = torch.zeros_like(self._source[:, :1])
         for y, x in (self.corners[i] for i in indices):
             coverage[..., y : y + self.window, x : x + self.window] += 1
-        averaged = _DivideGradient.apply(self.canvas, coverage.clamp(min=1))
+        averaged = _DivideGradient.apply(self.edited(), coverage.clamp(min=1))
         return self._crops(averaged, indices)  # type: ignore[arg-type]
+
+    def edited(self) -> Float[Tensor, "1 c h w"]:
+        """The canvas with what the mask keeps of the source."""
+        return self.canvas if self._mask is None else torch.where(self._mask, self.canvas, self._source)
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._crops(self._source, indices)

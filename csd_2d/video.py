@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from csd_2d.edit import EditConfig, StepInfo
-from csd_2d.images import SMALLEST, edit_images, read_image, replacing, to_array, write_image
+from csd_2d.images import SMALLEST, edit_images, read_image, read_mask, replacing, to_array, write_image
 from csd_2d.priors import Prior
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
@@ -40,11 +40,12 @@ def edit_video(
     prior: Prior,
     prompt: str,
     config: EditConfig | None = None,
+    masks: Sequence[Float[Tensor, "1 _ _"]] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     progress: str | None = None,
 ) -> Clip:
     """Edits all frames of a clip together; sizes and frame rate stay. See `csd_2d.images.edit_images`."""
-    frames = edit_images(clip.frames, prior, prompt, config, on_step=on_step, progress=progress)
+    frames = edit_images(clip.frames, prior, prompt, config, masks=masks, on_step=on_step, progress=progress)
     return Clip(frames, clip.rate, clip.names)
 
 
@@ -56,11 +57,7 @@ def read_clip(path: Path) -> Clip:
         ValueError: if it holds no frames, or frames that cannot be read.
     """
     if path.is_dir():
-        known = Image.registered_extensions()
-        files = sorted(
-            (file for file in path.iterdir() if file.suffix.lower() in known),
-            key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)],
-        )
+        files = _image_files(path)
         if not files:
             raise ValueError(f"folder {path} holds no images.")
         names = [file.stem for file in files]
@@ -81,6 +78,30 @@ def read_clip(path: Path) -> Clip:
     if min(frames[0].shape[-2:]) < SMALLEST:
         raise ValueError(f"frames of {path} are too small; both sides must be at least {SMALLEST} px.")
     return Clip(frames, rate)
+
+
+def read_masks(path: Path, clip: Clip, feather: float) -> list[Float[Tensor, "1 H W"]]:
+    """One mask for all frames, or a folder with one for each, in the frames' order; see `csd_2d.images.read_mask`.
+
+    Raises:
+        ValueError: if a folder holds more or fewer masks than there are frames, or as `read_mask` raises.
+    """
+    files = _image_files(path) if path.is_dir() else [path] * len(clip.frames)
+    if len(files) != len(clip.frames):
+        raise ValueError(f"folder {path} holds {len(files)} masks for {len(clip.frames)} frames.")
+    return [
+        read_mask(file, (frame.shape[-2], frame.shape[-1]), feather)
+        for file, frame in zip(files, clip.frames, strict=True)
+    ]
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """In natural order: 2.png before 10.png."""
+    known = Image.registered_extensions()
+    return sorted(
+        (file for file in folder.iterdir() if file.suffix.lower() in known),
+        key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)],
+    )
 
 
 def _upright(frame: av.VideoFrame) -> Float[Tensor, "3 H W"]:

@@ -1,8 +1,8 @@
 r"""Does the memory of mode distill grow with the number of views rendered in one step?
 
-For each number of views a process of its own builds a small nerfacto, renders the views with gradient, encodes them and
-goes back. Reported is how much the process's peak memory rose above what it held before, and the time, with rendering in
-chunks as csd-edit does it and, beside it, with everything in one graph.
+For each number of views a process of its own builds a small nerfacto, renders the views with gradient, encodes them
+and goes back. Reported is how much the process's peak memory rose above what it held before, and the time, with
+rendering in chunks as csd-edit does it and, beside it, with everything in one graph.
 
     python -m tests.bench.distill_memory --output memory.json
 """

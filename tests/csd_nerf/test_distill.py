@@ -1,6 +1,5 @@
 """Mode distill: the gradient that comes back piece by piece is the one of a single graph."""
 
-
 import pytest
 import torch
 from nerfstudio.utils.eval_utils import eval_setup
