@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
 
 from csd_2d.edit import EditConfig, batches
 from csd_2d.images import edit_images, write_image
@@ -25,6 +26,7 @@ class DatasetUpdate:
         rounds: how many there will be, for the progress report.
         folder: where edited images are written, one PNG a view.
         seed: of the draw and of each round's edit.
+        load_masks: called at the first round; one mask a view, see `edit_images`. None: everything may change.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class DatasetUpdate:
         rounds: int,
         folder: Path,
         seed: int,
+        load_masks: Callable[[], list[Tensor]] | None = None,
     ) -> None:
         self._views = views
         self._load_prior = load_prior
@@ -47,6 +50,8 @@ class DatasetUpdate:
         self._rounds = rounds
         self._folder = folder
         self._seed = seed
+        self._load_masks = load_masks
+        self._masks: list[Tensor] | None = None
 
     def run_round(self, number: int) -> list[int]:
         """Edits the next views; returns which.
@@ -59,6 +64,7 @@ class DatasetUpdate:
         """
         if self._prior is None:
             self._prior = self._load_prior()
+            self._masks = None if self._load_masks is None else self._load_masks()
         drawn = next(self._drawn)
         label = f"round {number + 1} of {self._rounds}"
         CONSOLE.print(f"{label}: {len(drawn)} views")
@@ -68,6 +74,7 @@ class DatasetUpdate:
             self._prompt,
             dataclasses.replace(self._edit, seed=self._seed * 10_000 + number),
             start=[self._views.render(index) for index in drawn],
+            masks=None if self._masks is None else [self._masks[index] for index in drawn],
             progress=label,
         )
         for index, image in zip(drawn, edited, strict=True):

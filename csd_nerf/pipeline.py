@@ -1,18 +1,23 @@
 """The nerfstudio pipeline that edits its scene while it trains."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from torch import Tensor
 from torch.nn import Parameter
 
 from csd_2d.edit import EditConfig
 from csd_2d.priors import Prior, load_prior
 from csd_nerf.dataset_update import DatasetUpdate
 from csd_nerf.distill import Distillation
+from csd_nerf.masks import Box, Sphere, masks_from_folder, masks_of_solid
 from csd_nerf.scene import TrainingViews
 from csd_nerf.source_run import check_fits
 
@@ -49,7 +54,22 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     steps_per_round: int = 2000
     """NeRF steps from one round to the next (paper: 2000). Dataset update only."""
 
+    masks: Path | None = None
+    """Folder with a mask for each training view, named like it: white where the edit may go, black where the training
+    image stays as it is, bit for bit. Dataset update only, as are box and sphere."""
+    box: Box | None = None
+    """In place of masks: only what lies in this box of the scene is edited. Lowest x y z, highest x y z."""
+    sphere: Sphere | None = None
+    """In place of masks: only what lies in this sphere of the scene is edited. Centre x y z, radius."""
+    feather: float = 4.0
+    """Width in pixels over which the border of masks, box or sphere falls off, inwards."""
+
     def __post_init__(self) -> None:
+        local = [name for name in ("masks", "box", "sphere") if getattr(self, name) is not None]
+        if len(local) > 1 or (local and self.mode == "distill"):
+            raise ValueError(f"{' and '.join(local)} cannot be used {'together' if len(local) > 1 else 'in distill'}.")
+        if self.masks is not None and not self.masks.is_dir():
+            raise ValueError(f"masks must be a folder, there is none at {self.masks}.")
         for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
@@ -103,13 +123,14 @@ class CsdEditPipeline(VanillaPipeline):
                 local_files_only=config.local_files_only,
             )
 
+        views = TrainingViews(self)
         if config.mode == "distill":
             edit = dataclasses.replace(config.edit, steps=trainer.config.max_num_iterations)
             parameters = [p for group in self.get_param_groups().values() for p in group]
-            self._distillation = Distillation(TrainingViews(self), prior, config.prompt, edit, parameters)
+            self._distillation = Distillation(views, prior, config.prompt, edit, parameters)
             return callbacks
         update = DatasetUpdate(
-            TrainingViews(self),
+            views,
             prior,
             config.prompt,
             config.edit,
@@ -117,6 +138,7 @@ class CsdEditPipeline(VanillaPipeline):
             rounds=-(-trainer.config.max_num_iterations // config.steps_per_round),
             folder=trainer.base_dir / "edited",
             seed=trainer.config.machine.seed + config.edit.seed,
+            load_masks=self._masks(views),
         )
 
         def run_round(step: int) -> None:
@@ -127,6 +149,14 @@ class CsdEditPipeline(VanillaPipeline):
             [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], run_round, update_every_num_iters=config.steps_per_round
         )
         return [*callbacks, before]
+
+    def _masks(self, views: TrainingViews) -> Callable[[], list[Tensor]] | None:
+        """What makes the masks of a local edit; None if all may change."""
+        config = self.config
+        if config.masks is not None:
+            return partial(masks_from_folder, views, config.masks, config.feather)
+        solid = config.box or config.sphere
+        return None if solid is None else partial(masks_of_solid, views, solid, config.feather)
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         if self._distillation is None:

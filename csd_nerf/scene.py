@@ -75,6 +75,14 @@ class TrainingViews:
             rgb = self._model.get_outputs_for_camera_ray_bundle(self._rays(index))["rgb"]
         return rgb.clamp(0, 1).permute(2, 0, 1).float().cpu()
 
+    @torch.no_grad()
+    def surface(self, index: int) -> Float[Tensor, "3 H W"]:
+        """Where, in the scene's coordinates, each pixel's ray has lost half its light."""
+        rays = self._rays(index)
+        with _eval_mode(self._model):
+            depth = self._model.get_outputs_for_camera_ray_bundle(rays)["depth"]
+        return (rays.origins + rays.directions * depth.to(rays.origins)).permute(2, 0, 1).float().cpu()
+
     def render_with_gradient(self, index: int, rays_per_chunk: int = 4096) -> Float[Tensor, "3 H W"]:
         """The same image on the model's device, differentiable with respect to the model.
 

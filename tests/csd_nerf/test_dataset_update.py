@@ -72,7 +72,7 @@ def test_edited_images_supervise_and_are_written(tmp_path):
 def test_an_edit_starts_at_the_render_and_is_of_the_original(tmp_path, monkeypatch):
     calls = []
 
-    def edit_images(images, prior, prompt, config, start, progress):
+    def edit_images(images, prior, prompt, config, start, masks, progress):
         calls.append((images, start, config.seed, progress))
         return images
 

@@ -1,0 +1,67 @@
+"""Local edits of a scene: which pixels change, and that no other does."""
+
+import pytest
+import torch
+from nerfstudio.utils.eval_utils import eval_setup
+
+from csd_2d.images import read_image, write_image
+from csd_2d.priors.analytic import AnalyticPrior
+from csd_nerf.masks import masks_of_solid
+from csd_nerf.pipeline import CsdEditPipelineConfig
+from csd_nerf.scene import TrainingViews
+from tests.csd_nerf.test_training import edit_in_process, failing
+
+
+@pytest.fixture(scope="module")
+def views(scene_run):
+    return TrainingViews(eval_setup(scene_run / "config.yml")[1])
+
+
+def test_surfaces_lie_on_the_rays_at_the_rendered_depth(views):
+    points = views.surface(2)
+    camera = views._cameras[2:3]
+    rays = camera.generate_rays(camera_indices=0, keep_shape=True)
+    towards = points.permute(1, 2, 0) - rays.origins
+    depth = views._model.get_outputs_for_camera(camera)["depth"]
+    torch.testing.assert_close(towards.norm(dim=-1, keepdim=True), depth)
+    torch.testing.assert_close(torch.nn.functional.normalize(towards, dim=-1), rays.directions)
+
+
+def test_solids_hold_what_lies_in_them(views):
+    points = torch.stack([views.surface(i) for i in range(len(views))])
+    middle = points[0, :, 12, 16]
+    distances = (points - middle[:, None, None]).square().sum(1).sqrt()
+    radius = distances.median().item() * 1.01
+    x, y, z = middle.tolist()
+    ball = masks_of_solid(views, (x, y, z, radius), feather=0)
+    expected = distances <= radius
+    assert torch.equal(torch.stack(ball)[:, 0].bool(), expected) and expected.any() and not expected.all()
+    with pytest.raises(ValueError, match="nothing that the views show lies in"):
+        masks_of_solid(views, (100, 100, 100, 101, 101, 101), feather=0)
+
+
+def test_training_images_stay_outside_the_mask_and_are_edited_inside(scene_run, views, tmp_path):
+    masks = tmp_path / "masks"
+    for i in range(len(views)):
+        mask = torch.zeros_like(views.original(i))
+        mask[:, :12] = 1
+        write_image(mask, masks / f"{views.filename(i).stem}.png")
+    run = edit_in_process(tmp_path / "out", 1, load_run=scene_run, pipeline__masks=masks, pipeline__feather=0.0)
+    edited = sorted((run / "edited").iterdir())
+    assert edited
+    for path in edited:
+        original = views.original(int(path.stem[:4]))
+        image = read_image(path)
+        assert torch.equal(image[:, 12:], original[:, 12:])
+        (night,) = AnalyticPrior().answers("make it night", original[None])
+        assert (image - night[0])[:, :12].abs().mean() < 0.02
+
+
+def test_masks_that_cannot_be_are_named(scene_run, views, tmp_path):
+    (tmp_path / "masks").mkdir()
+    message = failing(tmp_path, load_run=scene_run, pipeline__masks=tmp_path / "masks")
+    assert "holds no mask for view" in message
+    with pytest.raises(ValueError, match="box and sphere cannot be used together"):
+        CsdEditPipelineConfig(box=(0, 0, 0, 1, 1, 1), sphere=(0, 0, 0, 1))
+    with pytest.raises(ValueError, match="masks must be a folder"):
+        CsdEditPipelineConfig(masks=tmp_path / "gone")
