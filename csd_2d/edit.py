@@ -20,7 +20,7 @@ from csd_2d.particles import NoiseMode, Particles
 from csd_2d.priors import Prior
 
 JOINT_PARTICLES = 256
-"""Most particles in a joint step: what is mixed at once is held in memory at once."""
+"""Most particles that move as one: what is mixed at once is held in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,23 @@ class EditConfig:
     """Factor on the learning rate every `lr_decay_every` steps (authors' code: 0.9)."""
     lr_decay_every: int = 20
     """Steps between two decays of the learning rate (authors' code: 20)."""
+    together: float = 0.5
+    """Share of the steps that make the first phase. In it all particles move as one (of over 256, as many at a time),
+    under noise that leaves the answer open; in the second each follows its own score, under noise too weak to change
+    the answer. 0: no first phase, as published."""
     batch: int | None = None
-    """Particles drawn for one step; 0 takes all of them every step. Default: a third (paper: 4 of 12 crops), but 8 at
-    least. Fewer make a step cheaper, and leave each particle fewer steps to change in."""
-    joint_steps: int = 4
-    """First steps in which all particles take part whatever `batch` is (of over 256, as many evenly spread): before
-    each commits to an answer of its own."""
+    """Particles drawn for a step of the second phase; 0 takes all of them. Default: a third (paper: 4 of 12 crops), but
+    8 at least. Fewer make a step cheaper, and leave each particle fewer steps to change in."""
     guidance_scale: float | None = None
     """Text guidance scale omega_y. Default: the prior's."""
     image_guidance_scale: float | None = None
     """Image guidance scale omega_s. Default: the prior's."""
     min_timestep: float = 0.02
     """Smallest timestep, as a share of the noise schedule (authors' code: 0.02)."""
-    max_timestep: float = 0.5
-    """Largest timestep, as a share of the noise schedule (paper: 0.5)."""
+    turn_timestep: float = 0.5
+    """Largest timestep of the second phase and smallest of the first (paper: 0.5)."""
+    max_timestep: float = 0.98
+    """Largest timestep of the first phase, as a share of the noise schedule."""
     baseline: Baseline = "image"
     """Subtracted from the guided estimate: CSD-Edit's image-conditional one, SDS's noise, or nothing."""
     svgd: bool = True
@@ -57,10 +60,10 @@ class EditConfig:
     """Latents the kernel compares: x_0, or x_t as published. Independent noise hides what the images show."""
     noise: NoiseMode = "independent"
     """Noise of the particles in one step."""
-    bandwidth_scale: float = 100.0
-    """Factor on the median bandwidth at the first step. Large: all particles move together."""
-    bandwidth_scale_end: float = 0.01
-    """Factor on the median bandwidth at the last step, reached geometrically. Small: each particle keeps its detail."""
+    bandwidth_scale_together: float = 1000.0
+    """Factor on the median bandwidth in the first phase. Large: all particles move as one."""
+    bandwidth_scale: float = 0.01
+    """Factor on the median bandwidth in the second phase. Small: each particle follows its own score."""
     normalize_rows: bool = True
     """Divide kernel rows by their sum, so that step size does not depend on the number of particles."""
     seed: int = 0
@@ -73,13 +76,14 @@ class EditConfig:
             ("lr_decay", 1e-3, 1),
             ("lr_decay_every", 1, 10**6),
             ("batch", 0, 10**6),
-            ("joint_steps", 0, 10**6),
             ("guidance_scale", 0, 1000),
             ("image_guidance_scale", 0, 1000),
+            ("together", 0, 1),
             ("min_timestep", 0, 1),
+            ("turn_timestep", 0, 1),
             ("max_timestep", 0, 1),
             ("bandwidth_scale", 1e-12, 1e12),
-            ("bandwidth_scale_end", 1e-12, 1e12),
+            ("bandwidth_scale_together", 1e-12, 1e12),
             ("seed", 0, 2**40),
         ):
             value = getattr(self, name)
@@ -98,9 +102,11 @@ class EditConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(self, name)}.")
-        if self.min_timestep > self.max_timestep:
+        timesteps = (self.min_timestep, self.turn_timestep, self.max_timestep)
+        if sorted(timesteps) != list(timesteps):
             raise ValueError(
-                f"min_timestep must not exceed max_timestep, got {self.min_timestep} and {self.max_timestep}."
+                "min_timestep must not exceed turn_timestep, nor that max_timestep; "
+                f"got {', '.join(map(str, timesteps))}."
             )
 
 
@@ -192,21 +198,24 @@ class EditRun:
         self._generator = torch.Generator().manual_seed(config.seed)
         total = len(particles)
         self._batch = max(8, -(-total // 3)) if config.batch is None else config.batch
-        self._drawn = batches(total, self._batch, self._generator)
-        self._everyone = torch.linspace(0, total - 1, min(total, JOINT_PARTICLES)).round().long().tolist()
-        self._timesteps = tuple(
-            round(share * (prior.num_timesteps - 1)) for share in (config.min_timestep, config.max_timestep)
-        )
+        self._drawn = {
+            True: batches(total, JOINT_PARTICLES, self._generator),
+            False: batches(total, self._batch, self._generator),
+        }
 
     def loss(self, step: int) -> tuple[Float[Tensor, ""], StepInfo]:
         """A scalar whose gradient with respect to the particles is -w(t) phi, w(t) = sigma^2.
 
-        Steps are to be asked for in order, 0 .. config.steps - 1: the kernel's bandwidth depends on them, and what is
-        random is drawn on the way.
+        Steps are to be asked for in order, 0 .. config.steps - 1: the phase depends on them, and what is random is
+        drawn on the way.
         """
         particles, prior, config = self.particles, self.prior, self.config
-        indices = self._everyone if step < config.joint_steps else next(self._drawn)
-        lowest, highest = self._timesteps
+        together = step < config.together * config.steps
+        indices = next(self._drawn[together])
+        shares = (
+            (config.turn_timestep, config.max_timestep) if together else (config.min_timestep, config.turn_timestep)
+        )
+        lowest, highest = (round(share * (prior.num_timesteps - 1)) for share in shares)
         timestep = int(torch.randint(lowest, highest + 1, (), generator=self._generator))
         alpha, sigma = prior.alpha_sigma(timestep)
 
@@ -216,7 +225,7 @@ class EditRun:
         x_t = add_noise(clean, noise, alpha, sigma)
         source_t = add_noise(particles.source(indices), noise, alpha, sigma)
         condition = particles.condition(indices)
-        size = self._batch or len(indices)  # a joint step takes no more memory in the prior than any other
+        size = self._batch or len(indices)  # moving as one takes no more memory in the prior than any other
         residual = torch.cat(
             [
                 edit_residual(
@@ -227,8 +236,9 @@ class EditRun:
         )
         direction = -residual
         if config.svgd:
+            kernel = RBFKernel(bandwidth_scale=config.bandwidth_scale_together if together else config.bandwidth_scale)
             compared = clean if config.kernel_input == "clean" else x_t
-            direction = svgd_direction(direction, compared, _kernel(config, step), config.normalize_rows)
+            direction = svgd_direction(direction, compared, kernel, config.normalize_rows)
         info = StepInfo(step, timestep, indices, residual.square().mean().sqrt().item())
         return surrogate_loss(x_0, direction, weight=sigma**2), info
 
@@ -271,9 +281,3 @@ def edit(
             )
         if on_step is not None:
             on_step(info)
-
-
-def _kernel(config: EditConfig, step: int) -> RBFKernel:
-    done = step / max(config.steps - 1, 1)
-    scale = config.bandwidth_scale ** (1 - done) * config.bandwidth_scale_end**done
-    return RBFKernel(bandwidth_scale=scale)

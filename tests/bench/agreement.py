@@ -6,7 +6,7 @@ the PSNR of each particle to the exact answer it took.
 
     python tests/bench/agreement.py --frames FOLDER --output agreement.json
     python tests/bench/agreement.py --counts 48 --batch 8 --seeds 10 \
-        --variants default "default, no joint steps" --output joint_steps.json
+        --variants default "clean, normalised, bandwidth x100" --output batches.json
     python tests/bench/agreement.py --prior tiny --counts 8 --seeds 10 --height 64 --width 64 --output learned.json
 
 Without --frames the particles are smooth random images. --batch makes a step take a part of the particles.
@@ -30,20 +30,21 @@ from csd_2d.video import read_clip
 PROMPT = "paint it a new color"
 DEFAULT = EditConfig()
 PAPER = load_preset("paper")
-PLAIN = dataclasses.replace(DEFAULT, bandwidth_scale=1.0, bandwidth_scale_end=1.0)
+ONE_PHASE = dataclasses.replace(DEFAULT, together=0.0)
+PLAIN = dataclasses.replace(ONE_PHASE, bandwidth_scale=1.0)
 VARIANTS = {
     "SVGD off": dataclasses.replace(DEFAULT, svgd=False),
+    "SVGD off, one phase": dataclasses.replace(ONE_PHASE, svgd=False),
     "SVGD off, shared noise": dataclasses.replace(DEFAULT, svgd=False, noise="shared"),
     "paper": PAPER,
     "paper, clean kernel": dataclasses.replace(PAPER, kernel_input="clean"),
     "paper, shared noise": dataclasses.replace(PAPER, noise="shared"),
     "paper, rows normalised": dataclasses.replace(PAPER, normalize_rows=True, lr=1.0),
     "clean, normalised": PLAIN,
-    "clean, normalised, bandwidth x10": dataclasses.replace(PLAIN, bandwidth_scale=10.0, bandwidth_scale_end=10.0),
-    "clean, normalised, bandwidth x100": dataclasses.replace(PLAIN, bandwidth_scale=100.0, bandwidth_scale_end=100.0),
-    "clean, normalised, bandwidth x100 to x1": dataclasses.replace(PLAIN, bandwidth_scale=100.0),
+    "clean, normalised, bandwidth x10": dataclasses.replace(PLAIN, bandwidth_scale=10.0),
+    "clean, normalised, bandwidth x100": dataclasses.replace(PLAIN, bandwidth_scale=100.0),
+    "two phases, SVGD in both": dataclasses.replace(DEFAULT, bandwidth_scale=1.0),
     "default": DEFAULT,
-    "default, no joint steps": dataclasses.replace(DEFAULT, joint_steps=0),
 }
 
 

@@ -103,7 +103,7 @@ def test_one_particle_is_the_delta_denoising_score(stack):
     prior = AnalyticPrior()
     latents = prior.encode(images[:1])
     particles = LatentStack(latents, latents)
-    config = EditConfig(steps=1, lr=0.7, seed=5)
+    config = EditConfig(steps=1, lr=0.7, seed=5, together=0)
     edit(particles, prior, "make it night", config)
 
     generator = torch.Generator().manual_seed(5)
@@ -145,7 +145,7 @@ def test_particles_agree_with_svgd_and_not_without():
 
 def test_same_seed_same_bits_and_another_seed_differs(stack):
     images, _ = stack
-    config = EditConfig(steps=5, batch=2, joint_steps=1)
+    config = EditConfig(steps=5, batch=2, together=0.2)
     runs = [
         torch.stack(edit_images(list(images), AnalyticPrior(), AMBIGUOUS, dataclasses.replace(config, seed=seed)))
         for seed in (1, 1, 2)
@@ -162,20 +162,29 @@ def test_batches_draw_every_particle_equally_often_and_never_twice_at_once():
     assert len(next(batches(3, 8, torch.Generator()))) == 3
 
 
-def test_joint_steps_take_all_particles(stack):
-    seen = []
-    config = EditConfig(steps=4, batch=2, joint_steps=2)
-    edit(stack[1], AnalyticPrior(), "make it night", config, on_step=lambda info: seen.append(info.indices))
-    assert [len(indices) for indices in seen] == [4, 4, 2, 2]
+def test_in_the_first_phase_all_move_as_one_under_much_noise_in_the_second_a_batch_under_little(stack):
+    steps, before, displacements = [], [stack[1].latents.detach().clone()], []
+
+    def look(info):
+        steps.append(info)
+        displacements.append(stack[1].latents.detach() - before[0])
+        before[0] = stack[1].latents.detach().clone()
+
+    config = EditConfig(steps=10, batch=2, together=0.4, turn_timestep=0.6, bandwidth_scale_together=1e9)
+    edit(stack[1], AnalyticPrior(), "make it night", config, on_step=look)
+    assert [len(info.indices) for info in steps] == [4] * 4 + [2] * 6
+    assert min(info.timestep for info in steps[:4]) >= 599 >= max(info.timestep for info in steps[4:])
+    for displacement in displacements[:4]:
+        torch.testing.assert_close(displacement, displacement[:1].expand_as(displacement), rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(displacements[4][steps[4].indices[0]], displacements[4][steps[4].indices[1]], atol=1e-3)
 
 
-def test_joint_steps_of_many_particles_take_some_of_all_over(monkeypatch):
+def test_of_many_particles_as_many_as_fit_move_as_one_each_in_its_turn(monkeypatch):
     monkeypatch.setattr(sys.modules["csd_2d.edit"], "JOINT_PARTICLES", 3)  # csd_2d.edit itself is the function
     latents = torch.zeros(9, 3, 2, 2)
     seen = []
-    config = EditConfig(steps=1, batch=2, joint_steps=1)
-    edit(LatentStack(latents, latents), AnalyticPrior(), "make it night", config, lambda info: seen.append(info))
-    assert seen[0].indices == [0, 4, 8]
+    edit(LatentStack(latents, latents), AnalyticPrior(), "make it night", EditConfig(steps=6, together=1), seen.append)
+    assert all(sorted(sum((info.indices for info in seen[i : i + 3]), [])) == [*range(9)] for i in (0, 3))
 
 
 @pytest.mark.parametrize(("total", "expected"), [(3, 3), (12, 8), (60, 20)])
@@ -183,7 +192,7 @@ def test_by_default_a_third_of_the_particles_takes_part_in_a_step(total, expecte
     drawn = []
     images = torch.rand(total, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     stack = LatentStack(images, images)
-    config = EditConfig(steps=2, joint_steps=1)
+    config = EditConfig(steps=2, together=0.5)
     edit(stack, AnalyticPrior(), "make it night", config, on_step=lambda info: drawn.append(len(info.indices)))
     assert drawn == [total, expected]
 
@@ -196,7 +205,7 @@ def test_the_prior_never_sees_more_particles_at_once_than_a_batch(stack):
             sizes.append(len(x_t))
             return super().noise_estimate(x_t, timestep, condition, text, branches)
 
-    config = EditConfig(steps=3, batch=2, joint_steps=1, image_guidance_scale=1.5)
+    config = EditConfig(steps=3, batch=2, together=0.3, image_guidance_scale=1.5)
     edit(stack[1], Watching(), "make it night", config)
     assert max(sizes) == 2 * 5
 
@@ -282,10 +291,9 @@ def test_presets(tmp_path):
     assert load_preset("paper") == EditConfig(
         lr=2.0,
         batch=4,
-        joint_steps=0,
+        together=0,
         kernel_input="noisy",
         bandwidth_scale=1.0,
-        bandwidth_scale_end=1.0,
         normalize_rows=False,
     )
     mine = tmp_path / "mine.yaml"
