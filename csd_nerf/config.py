@@ -113,9 +113,8 @@ csd_edit_tiny = MethodSpecification(
         pipeline=CsdEditPipelineConfig(
             datamanager=_data(rays=1024),
             model=_tiny_model(use_proposal_weight_anneal=False),
-            prior="analytic",
-            # The analytic prior's scores are exact: 40 steps come within 42 dB of its answer.
-            edit=EditConfig(steps=40, lr_decay_every=5),
+            prior="tiny",
+            edit=EditConfig(steps=60),
             # One round of all views: while some are edited and others not yet, a small model explains the difference by
             # geometry and loses parts of the scene.
             views_per_round=0,
@@ -126,7 +125,7 @@ csd_edit_tiny = MethodSpecification(
         viewer=_viewer(quit_when_done=True),
         vis="viewer",
     ),
-    description="Edits a scene of csd-scene-tiny on a CPU, offline, by one of the instructions that need no weights.",
+    description="Edits a scene of csd-scene-tiny on a CPU, offline, with the diffusion model that ships with csd.",
 )
 
 csd_edit = MethodSpecification(

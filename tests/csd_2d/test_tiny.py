@@ -131,6 +131,25 @@ def test_a_recipe_that_was_interrupted_ends_with_the_same_weights(tmp_path, monk
     assert (tmp_path / "whole" / "unet_000004.png").is_file() and (tmp_path / "whole" / "unet_loss.png").is_file()
 
 
+def test_a_recipe_can_go_on_from_a_finished_model(tmp_path):
+    torch.set_num_threads(1)
+    config = recipe(tmp_path / "more", start=MODEL, size=64, steps=1, batch=2, lr=1e-9)
+    more = StableDiffusionInstructPix2PixPipeline.from_pretrained(train.run_recipe(config))
+    shipped = StableDiffusionInstructPix2PixPipeline.from_pretrained(MODEL)
+    for part in ("vae", "text_encoder", "unet"):
+        for one, other in zip(getattr(more, part).parameters(), getattr(shipped, part).parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert more.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
+
+
+def test_half_of_the_timesteps_are_from_the_upper_quarter_and_none_from_outside():
+    torch.manual_seed(0)
+    timesteps = train.draw_timesteps(20000, 1000)
+    assert timesteps.min() >= 0 and timesteps.max() <= 999
+    assert (timesteps >= 750).float().mean() == pytest.approx(0.5 + 0.5 * 0.25, abs=0.02)
+    assert (timesteps < 250).float().mean() == pytest.approx(0.5 * 0.25, abs=0.02)
+
+
 def test_conditions_are_dropped_as_often_as_asked():
     torch.manual_seed(0)
     wordings, condition = train.drop_conditions(["x"] * 4000, torch.ones(4000, 1, 1, 1), 0.05)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from csd_2d import load_prior
+from csd_2d.closed_form import known_answers
 from csd_2d.images import read_image
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def test_pretrain_edit_render_and_evaluate(scene_data, num_views, tmp_path):
     assert done.returncode == 0, done.stderr
     render = next((tmp_path / "renders").rglob("*.png"))
     original = read_image(scene_data / "images" / render.name)
-    (night,) = load_prior("analytic").answers("make it night", original[None])  # type: ignore[attr-defined]
+    (night,) = known_answers("make it night", original[None])
     rendered = read_image(render)
     assert (rendered - night[0]).square().mean() < 0.1 * (rendered - original).square().mean()
 
@@ -56,6 +56,6 @@ def test_an_error_is_one_sentence(scene_run, tmp_path):
     done = run("ns-train", "csd-edit-tiny", "--load-run", scene_run, "--pipeline.prompt", "make it rain",
                "--output-dir", tmp_path / "out")  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.rstrip().splitlines()[-1].startswith("csd-edit-tiny: the analytic prior does not know")
+    assert done.stderr.rstrip().splitlines()[-1].startswith("csd-edit-tiny: the tiny model was never taught")
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()

@@ -24,6 +24,7 @@ QUICK = EditConfig(steps=20, lr_decay_every=5)
 def edit_in_process(output: Path, iterations: int = 6, **options) -> Path:
     options = {
         "pipeline__prompt": "make it night",
+        "pipeline__prior": "analytic",
         "pipeline__edit": QUICK,
         "pipeline__steps_per_round": 3,
         "pipeline__views_per_round": 4,
