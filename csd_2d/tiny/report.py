@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from csd_2d.errors import one_sentence
 from csd_2d.images import IMAGE_SUFFIXES, read_image, replacing, write_image
-from csd_2d.tiny import MODEL
+from csd_2d.tiny import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, MODEL
 from csd_2d.tiny.instructions import INSTRUCTIONS, Instruction
 from csd_2d.tiny.scenes import OBJECTS, Scenes
 from csd_2d.tiny.train import edit_with_diffusers, held_out, sheet
@@ -46,8 +46,8 @@ class ReportConfig:
     """Folder of the diffusers pipeline."""
     count: int = 24
     """Scenes, or cut-outs of photographs, for each instruction."""
-    guidance_scale: float = 1.0
-    image_guidance_scale: float = 1.0
+    guidance_scale: float = GUIDANCE_SCALE
+    image_guidance_scale: float = IMAGE_GUIDANCE_SCALE
     num_inference_steps: int = 20
 
 

@@ -7,15 +7,17 @@ the PSNR of each particle to the exact answer it took.
     python tests/bench/agreement.py --frames FOLDER --output agreement.json
     python tests/bench/agreement.py --counts 48 --batch 8 --seeds 10 \
         --variants default "clean, normalised, bandwidth x100" --output batches.json
-    python tests/bench/agreement.py --prior tiny --counts 8 --seeds 10 --height 64 --width 64 --output learned.json
+    python tests/bench/agreement.py --prior tiny --images scenes --counts 8 --seeds 10 --output learned.json
 
-Without --frames the particles are smooth random images. --batch makes a step take a part of the particles.
+The particles are smooth random images, scenes that the tiny model never saw, or --frames of a video. --batch makes a
+step take a part of the particles.
 """
 
 import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from csd_2d import EditConfig, load_preset
 from csd_2d.closed_form import known_answers
 from csd_2d.images import edit_images
 from csd_2d.priors import Prior, load_prior
+from csd_2d.tiny.scenes import draw_scenes
 from csd_2d.video import read_clip
 
 PROMPT = "paint it a new color"
@@ -64,6 +67,7 @@ def _measure(images: torch.Tensor, prior: Prior, config: EditConfig) -> tuple[fl
 def main(
     output: Path,
     frames: Path | None = None,
+    images: Literal["smooth", "scenes"] = "smooth",
     prior: str = "analytic",
     seeds: int = 20,
     steps: int = 60,
@@ -86,11 +90,13 @@ def main(
             results = []
             for seed in range(seeds):
                 config = dataclasses.replace(VARIANTS[name], steps=steps, batch=batch, seed=seed)
-                if clip is None:
-                    images = _smooth_images(count, height, width, seed)
+                if clip is not None:
+                    particles = clip[:: max(len(clip) // count, 1)][:count]
+                elif images == "scenes":
+                    particles = draw_scenes(count, 64, torch.Generator().manual_seed(2**62 + seed)).images
                 else:
-                    images = clip[:: max(len(clip) // count, 1)][:count]
-                results.append(_measure(images, model, config))
+                    particles = _smooth_images(count, height, width, seed)
+                results.append(_measure(particles, model, config))
             agreement, psnr = torch.tensor(results).unbind(1)
             rows.append(
                 {
