@@ -18,6 +18,7 @@ def inside(points: Float[Tensor, "3 H W"], solid: Sphere | Box) -> Float[Tensor,
     """1 where a point lies in the solid, else 0.
 
     Example:
+        >>> import torch
         >>> points = torch.tensor([[0.0, 0.5], [0.0, 0.5], [0.0, 2.0]])[:, None]
         >>> inside(points, (0.0, 0.0, 0.0, 1.0)).tolist(), inside(points, (-1, -1, -1, 1, 1, 1)).tolist()
         ([[[1.0, 0.0]]], [[[1.0, 0.0]]])
