@@ -82,6 +82,8 @@ class Panorama:
     options: Annotated[Options, tyro.conf.arg(name="")]
     stride: int | None = None
     """Distance between crops in latent cells. Default: half the model's window; the paper takes a quarter."""
+    fade: bool = True
+    """Crops fade into each other. Off: they count alike, as published, and leave seams."""
 
     def run(self) -> str:
         from csd_2d.panorama import edit_panorama
@@ -96,7 +98,9 @@ class Panorama:
         height, width = image.shape[-2:]
         mask = None if options.mask is None else read_mask(options.mask, (height, width), options.feather)
         prior = options.model.load(options.prompt)
-        edited = edit_panorama(image, prior, options.prompt, options.edit, self.stride, mask, progress="editing")
+        edited = edit_panorama(
+            image, prior, options.prompt, options.edit, self.stride, mask, self.fade, progress="editing"
+        )
         write_image(edited, self.output)
         return f"{self.output} ({edited.shape[-1]}x{edited.shape[-2]} px)"
 

@@ -19,6 +19,7 @@ def edit_panorama(
     config: EditConfig | None = None,
     stride: int | None = None,
     mask: Float[Tensor, "1 H W"] | None = None,
+    fade: bool = True,
     on_step: Callable[[StepInfo], None] | None = None,
     progress: str | None = None,
 ) -> Float[Tensor, "3 H W"]:
@@ -30,6 +31,7 @@ def edit_panorama(
         image: RGB in [0, 1].
         stride: distance between crops in latent cells; default: half a window (paper: a quarter).
         mask: what may change, in [0, 1]; where 0 the image stays bit for bit. Default: all.
+        fade: crops fade into each other; False: they count alike, as published.
         config, on_step, progress: see `csd_2d.edit.edit`.
 
     Returns:
@@ -60,6 +62,7 @@ def edit_panorama(
             prior.window,
             prior.window // 2 if stride is None else stride,
             None if mask is None else cell_mask(padded(mask), prior.cell),
+            fade,
         )
     edit(crops, prior, prompt, config, on_step, progress)
     with torch.no_grad():

@@ -96,18 +96,18 @@ class LatentStack:
         return [self.latents]
 
 
-class _DivideGradient(torch.autograd.Function):
-    """Identity whose gradient is divided by a constant."""
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, divisor: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(divisor)
+    def forward(ctx, x: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(factor)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (divisor,) = ctx.saved_tensors
-        return grad / divisor, None
+        (factor,) = ctx.saved_tensors
+        return grad * factor, None
 
 
 def window_positions(size: int, window: int, stride: int) -> list[int]:
@@ -126,8 +126,9 @@ def window_positions(size: int, window: int, stride: int) -> list[int]:
 class CanvasCrops:
     """Particles that are overlapping windows of one canvas of latents: the crops of a panorama.
 
-    Every cell is covered whatever the stride. The gradient of a cell is divided by the number of rendered crops that
-    cover it, so that overlap does not lengthen its step.
+    Every cell is covered whatever the stride. Crops fade into each other: what a crop says of a cell counts the less
+    the nearer the cell is to the crop's border, where the model sees least around it. The weights of all crops add up
+    to 1 in every cell, borders of the canvas included, so that no cell is moved more than another.
 
     Args:
         source: latents of the whole unedited image.
@@ -135,6 +136,8 @@ class CanvasCrops:
         window: side of a square crop, in cells.
         stride: distance between crops, in cells, at most `window`.
         mask: which cells may change; the others stay the source's. Default: all.
+        fade: False: as published, crops count alike, and the gradient of a cell is divided by the number of rendered
+            crops that cover it. Cells near the canvas's border then move less often, and crops leave seams.
 
     Raises:
         ValueError: if the window does not fit or the stride would leave cells uncovered.
@@ -147,6 +150,7 @@ class CanvasCrops:
         window: int,
         stride: int,
         mask: Bool[Tensor, "1 1 h w"] | None = None,
+        fade: bool = True,
     ) -> None:
         if not 1 <= stride <= window:
             raise ValueError(f"stride must be from 1 to the window of {window} cells, got {stride}.")
@@ -159,6 +163,7 @@ class CanvasCrops:
         self.corners = [
             (y, x) for y in window_positions(height, window, stride) for x in window_positions(width, window, stride)
         ]
+        self._weights = self._faded() if fade else None
 
     def __len__(self) -> int:
         return len(self.corners)
@@ -167,12 +172,33 @@ class CanvasCrops:
         corners = (self.corners[i] for i in indices)
         return torch.cat([canvas[..., y : y + self.window, x : x + self.window] for y, x in corners])
 
+    def _faded(self) -> Float[Tensor, "crops 1 window window"]:
+        """Pyramids, flat towards the canvas's border, divided by their sum over all crops."""
+        height, width = self._source.shape[-2:]
+        distance = torch.arange(self.window) + 0.5
+        rising = (distance / (self.window / 2)).clamp(max=1)
+
+        def ramp(start: int, size: int) -> Tensor:
+            left = torch.ones_like(rising) if start == 0 else rising
+            right = torch.ones_like(rising) if start + self.window == size else rising.flip(0)
+            return left * right
+
+        pyramids = torch.stack([ramp(y, height)[:, None] * ramp(x, width) for y, x in self.corners])[:, None]
+        pyramids = pyramids.to(self._source.device)
+        return pyramids / self._crops(self._sum(pyramids, range(len(self))), range(len(self)))
+
+    def _sum(self, crops: Tensor, indices: Sequence[int]) -> Float[Tensor, "1 1 h w"]:
+        """Crops put back in their places and added up."""
+        total = torch.zeros_like(self._source[:, :1])
+        for crop, (y, x) in zip(crops, (self.corners[i] for i in indices), strict=True):
+            total[..., y : y + self.window, x : x + self.window] += crop
+        return total
+
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        coverage = torch.zeros_like(self._source[:, :1])
-        for y, x in (self.corners[i] for i in indices):
-            coverage[..., y : y + self.window, x : x + self.window] += 1
-        averaged = _DivideGradient.apply(self.edited(), coverage.clamp(min=1))
-        return self._crops(averaged, indices)  # type: ignore[arg-type]
+        if self._weights is not None:
+            return _ScaleGradient.apply(self._crops(self.edited(), indices), self._weights[list(indices)])  # type: ignore[return-value]
+        coverage = self._sum(self._source.new_ones(len(indices), 1, 1, 1), indices).clamp(min=1)
+        return self._crops(_ScaleGradient.apply(self.edited(), 1 / coverage), indices)  # type: ignore[arg-type]
 
     def edited(self) -> Float[Tensor, "1 c h w"]:
         """The canvas with what the mask keeps of the source."""

@@ -221,13 +221,35 @@ def test_window_positions_cover_every_cell_whatever_the_stride():
 
 def test_overlapping_gradients_are_averaged():
     canvas = torch.zeros(1, 2, 4, 10)
-    crops = CanvasCrops(canvas, canvas, window=4, stride=3)
+    crops = CanvasCrops(canvas, canvas, window=4, stride=3, fade=False)
     assert [x for _, x in crops.corners] == [0, 3, 6]
     crops.render([0, 1, 2]).sum().backward()
     assert torch.equal(crops.canvas.grad, torch.ones_like(canvas))
     crops.canvas.grad = None
     crops.render([0]).sum().backward()  # cells outside the drawn crops stay untouched
     assert torch.equal(crops.canvas.grad[0, 0, 0], torch.tensor([1.0] * 4 + [0.0] * 6))
+
+
+@pytest.mark.parametrize(("size", "stride"), [((4, 10), 3), ((9, 13), 2), ((4, 4), 1), ((11, 8), 4)])
+def test_crops_that_fade_move_every_cell_alike(size, stride):
+    canvas = torch.zeros(1, 1, *size)
+    crops = CanvasCrops(canvas, canvas, window=4, stride=stride)
+    for indices in batches(len(crops), len(crops), torch.Generator().manual_seed(0)):
+        crops.render(indices).sum().backward()
+        break
+    torch.testing.assert_close(crops.canvas.grad, torch.ones(1, 1, *size))
+
+
+def test_a_crop_says_most_about_its_middle_and_nothing_is_lost_at_the_canvas_border():
+    canvas = torch.zeros(1, 1, 8, 16)
+    crops = CanvasCrops(canvas, canvas, window=8, stride=4)
+    crops.render([1]).sum().backward()
+    weights = crops.canvas.grad[0, 0]
+    assert weights[0].tolist() == weights[7].tolist() == [0] * 4 + [0.125, 0.375, 0.625, 0.875] * 1 + [
+        0.875, 0.625, 0.375, 0.125] + [0] * 4  # fmt: skip
+    crops.canvas.grad = None
+    crops.render([0]).sum().backward()
+    assert crops.canvas.grad[0, 0, 3].tolist() == [1, 1, 1, 1, 0.875, 0.625, 0.375, 0.125] + [0] * 8
 
 
 def test_noise_modes():
