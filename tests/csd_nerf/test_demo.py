@@ -17,7 +17,7 @@ def test_demo_leaves_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "SCENE_STEPS", 60)
     monkeypatch.setattr(demo, "EDIT_STEPS", 150)
     folder = tmp_path / "demo"
-    main(["demo", str(folder), "--prompt", "invert the colors"])
+    main(["demo", str(folder), "--prompt", "make it night"])
 
     report = json.loads((folder / "report.json").read_text())
     psnr = report["psnr"]
@@ -28,7 +28,7 @@ def test_demo_leaves_its_results(tmp_path, monkeypatch, capsys):
     assert len(read_clip(folder / "turntable.mp4").frames) == 3
     assert read_image(folder / "before_after.png").shape == (3, 3 * 180, 2 * 240)
     output = capsys.readouterr().out
-    assert "[3/5] editing it: invert the colors" in output and f"wrote {folder}" in output
+    assert "[3/5] editing it: make it night" in output and f"wrote {folder}" in output
 
 
 def test_demo_refuses_unknown_prompts_and_full_folders(tmp_path):
