@@ -74,15 +74,19 @@ def _autumn(image: Tensor) -> Tensor:
     return torch.lerp(_luma(image), image, 0.5) * _rgb(image, 1.15, 0.55, 0.15) + _rgb(image, 0.04, 0.0, 0.0)
 
 
+def gaussian_blur(images: Float[Tensor, "n 1 H W"], deviation: float, reach: int) -> Float[Tensor, "n 1 H W"]:
+    """Blurred with a Gaussian cut off `reach` pixels from its middle; borders are repeated outwards."""
+    offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
+    taps = (-offsets.square() / (2 * deviation**2)).exp()
+    taps = taps / taps.sum()
+    padded = F.pad(images, [reach] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, taps[None, None, None]), taps[None, None, :, None])
+
+
 def _pencil_sketch(image: Tensor) -> Tensor:
     """Luma divided by its blur ("dodge"): dark lines where brightness drops, white paper elsewhere."""
     luma = _luma(image)
-    radius = 6
-    taps = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
-    gaussian = (-(taps**2) / (2 * 2.5**2)).exp()
-    gaussian = gaussian / gaussian.sum()
-    padded = F.pad(luma.reshape(-1, 1, *luma.shape[-2:]), [radius] * 4, mode="replicate")
-    blurred = F.conv2d(F.conv2d(padded, gaussian[None, None, None]), gaussian[None, None, :, None]).view_as(luma)
+    blurred = gaussian_blur(luma.reshape(-1, 1, *luma.shape[-2:]), deviation=2.5, reach=6).view_as(luma)
     ratio = (luma + 0.05) / (blurred + 0.05)
     return (0.95 * ratio.clamp(max=1).pow(2.5)).expand_as(image)
 

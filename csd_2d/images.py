@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from csd_2d.closed_form import gaussian_blur
 from csd_2d.edit import EditConfig, StepInfo, edit
 from csd_2d.particles import LatentStack
 from csd_2d.priors import Prior
@@ -99,11 +100,7 @@ def feathered(mask: Float[Tensor, "1 H W"], radius: float) -> Float[Tensor, "1 H
     """A mask whose border falls off inwards over `radius` pixels: what was 0 stays exactly 0."""
     if radius <= 0:
         return mask
-    reach = math.ceil(radius)
-    taps = (-torch.arange(-reach, reach + 1.0).square() / (2 * (radius / 2) ** 2)).exp()
-    taps = taps / taps.sum()
-    padded = F.pad(mask[None], [reach] * 4, mode="replicate")
-    blurred = F.conv2d(F.conv2d(padded, taps[None, None, None]), taps[None, None, :, None])[0]
+    blurred = gaussian_blur(mask[None], deviation=radius / 2, reach=math.ceil(radius))[0]
     # Blurred, a straight border is at 1/2: the ramp begins there.
     return mask * (2 * blurred - 1).clamp(0, 1)
 
@@ -133,6 +130,12 @@ def pad(images: Float[Tensor, "n c h w"], height: int, width: int) -> Float[Tens
 def round_up(size: int, multiple: int) -> int:
     """Smallest multiple that is not under `size`."""
     return -(-size // multiple) * multiple
+
+
+def common_size(images: Sequence[Float[Tensor, "3 _ _"]], cell: int) -> tuple[int, int]:
+    """Height and width in whole latent cells that the largest of some images fits in."""
+    height, width = (round_up(max(image.shape[axis] for image in images), cell) for axis in (-2, -1))
+    return height, width
 
 
 def edit_images(
@@ -166,7 +169,7 @@ def edit_images(
         raise ValueError("there are no images to edit.")
     if masks is not None and [mask.shape[1:] for mask in masks] != [image.shape[1:] for image in images]:
         raise ValueError("there must be one mask for each image, of its size.")
-    height, width = (round_up(max(image.shape[axis] for image in images), prior.cell) for axis in (-2, -1))
+    height, width = common_size(images, prior.cell)
 
     def encoded(encode: Callable[[Tensor], Tensor], sources: Sequence[Tensor]) -> Tensor:
         with torch.no_grad():

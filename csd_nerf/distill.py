@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from csd_2d.edit import EditConfig, EditRun, StepInfo
-from csd_2d.images import pad, round_up
+from csd_2d.images import common_size, pad
 from csd_2d.particles import NoiseMode, stack_noise
 from csd_2d.priors import Prior
 from csd_nerf.scene import TrainingViews
@@ -27,7 +27,7 @@ class SceneParticles:
     def __init__(self, views: TrainingViews, prior: Prior, parameters: Iterable[nn.Parameter]) -> None:
         self._views, self._prior, self._parameters = views, prior, list(parameters)
         originals = [views.original(index) for index in range(len(views))]
-        self._size = tuple(round_up(max(image.shape[axis] for image in originals), prior.cell) for axis in (-2, -1))
+        self._size = common_size(originals, prior.cell)
         with torch.no_grad():
             padded = [self._padded(image).to(prior.device) for image in originals]
             self._source = torch.cat([prior.encode(image) for image in padded])

@@ -26,12 +26,14 @@ from tqdm.auto import tqdm
 from csd_2d.errors import one_sentence
 from csd_2d.images import IMAGE_SUFFIXES, read_image, replacing, write_image
 from csd_2d.tiny import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, MODEL
-from csd_2d.tiny.instructions import INSTRUCTIONS, Instruction
-from csd_2d.tiny.scenes import OBJECTS, Scenes
-from csd_2d.tiny.train import edit_with_diffusers, held_out, sheet
+from csd_2d.tiny.instructions import INSTRUCTIONS
+from csd_2d.tiny.scenes import OBJECTS, Scenes, held_out
+from csd_2d.tiny.train import edit_with_diffusers, sheet
 
 SEEDS = 64
 """Samples of each ambiguous instruction."""
+SHOWN = 3
+"""Scenes of each other instruction that the sample sheet shows."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,18 @@ def _psnr(images: Tensor, references: Tensor) -> Tensor:
     return -10 * (images - references).square().flatten(1).mean(1).clamp(min=1e-12).log10()
 
 
-def _rows_that_fit(instruction: Instruction, scenes: Scenes, count: int) -> Tensor:
-    return instruction.fits(scenes).nonzero()[:count, 0]
-
-
 def measure_deterministic(
     pipeline: StableDiffusionInstructPix2PixPipeline, scenes: Scenes, config: ReportConfig, names: Sequence[str]
 ) -> list[dict]:
-    """For each instruction with one answer: PSNR to it, and whether of all answers it is the nearest."""
+    """For each instruction with one answer: PSNR to it, and whether of all answers it is the nearest.
+
+    "strip" holds source, edit and answer of the first scenes, side by side.
+    """
     certain = [instruction for instruction in INSTRUCTIONS.values() if len(instruction.answers) == 1]
     results = []
     for name in tqdm(names, unit="instruction"):
         instruction = INSTRUCTIONS[name]
-        rows = _rows_that_fit(instruction, scenes, config.count)
+        rows = instruction.fits(scenes).nonzero()[: config.count, 0]
         edited = _edit(pipeline, scenes.images[rows], [name] * len(rows), config)
         nearest, right = _psnr(edited, scenes.images[rows]), torch.zeros(len(rows), dtype=torch.bool)
         for other in certain:
@@ -98,7 +99,8 @@ def measure_deterministic(
             right = torch.where(score > nearest, other.name == name, right)
             nearest = nearest.maximum(score)
         psnr = _psnr(edited, instruction.answer(scenes, rows))
-        results.append({"instruction": name, "psnr": psnr.tolist(), "nearest": right.tolist()})
+        strip = torch.stack([scenes.images[rows], edited, instruction.answer(scenes, rows)], 1)[:SHOWN].flatten(0, 1)
+        results.append({"instruction": name, "psnr": psnr.tolist(), "nearest": right.tolist(), "strip": strip})
     return results
 
 
@@ -170,13 +172,14 @@ def run_report(config: ReportConfig) -> dict:
     for subject, scenes in subjects.items():
         certain = [n for n, i in INSTRUCTIONS.items() if len(i.answers) == 1 and bool(i.fits(scenes).any())]
         ambiguous = [n for n, i in INSTRUCTIONS.items() if len(i.answers) > 1]
-        report[subject] = _summary(measure_deterministic(pipeline, scenes, config, certain))
+        results = measure_deterministic(pipeline, scenes, config, certain)
+        report[subject] = _summary(results)
         encoded = pipeline.vae.encode(2 * scenes.images - 1).latent_dist.mode()
         report[subject]["autoencoder_psnr"] = round(
             _psnr(pipeline.vae.decode(encoded).sample / 2 + 0.5, scenes.images).median().item(), 2
         )
         report[subject]["ambiguous"] = []
-        _write(_sheet_of_edits(pipeline, scenes, certain, config), config.output / f"{subject}.png")
+        _write(_sheet_of_edits(results), config.output / f"{subject}.png")
         for name in ambiguous:
             figures, edited = measure_ambiguous(pipeline, scenes.images[0], name, config)
             report[subject]["ambiguous"].append(figures)
@@ -188,18 +191,11 @@ def run_report(config: ReportConfig) -> dict:
     return report
 
 
-def _sheet_of_edits(
-    pipeline: StableDiffusionInstructPix2PixPipeline, scenes: Scenes, names: Sequence[str], config: ReportConfig
-) -> Tensor:
-    """Source, edit and answer side by side: three scenes a row, one row an instruction."""
-    rows = []
-    for name in names:
-        chosen = _rows_that_fit(INSTRUCTIONS[name], scenes, 3)
-        images = scenes.images[chosen]
-        edited = _edit(pipeline, images, [name] * len(images), config)
-        rows.append(torch.stack([images, edited, INSTRUCTIONS[name].answer(scenes, chosen)], 1).flatten(0, 1))
-    widest = max(len(row) for row in rows)
-    return sheet(F.pad(row, (0, 0, 0, 0, 0, 0, 0, widest - len(row))) for row in rows)
+def _sheet_of_edits(results: list[dict]) -> Tensor:
+    """One row an instruction, as wide as the widest."""
+    strips = [result["strip"] for result in results]
+    widest = max(map(len, strips))
+    return sheet(F.pad(strip, (0, 0, 0, 0, 0, 0, 0, widest - len(strip))) for strip in strips)
 
 
 def _write(image: Tensor, path: Path) -> None:

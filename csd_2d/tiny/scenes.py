@@ -183,3 +183,8 @@ def draw_scenes(count: int, size: int, generator: torch.Generator) -> Scenes:
         getattr(painter, OBJECTS[i])(present=painter.chance(0.6))
     painter.light()
     return Scenes(painter.canvas, painter.visible)
+
+
+def held_out(count: int, size: int, seed: int = 0) -> Scenes:
+    """Scenes that no training step draws: its seeds are below 2^62."""
+    return draw_scenes(count, size, torch.Generator().manual_seed(2**62 + seed))

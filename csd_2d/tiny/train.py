@@ -4,7 +4,7 @@ r"""The recipe of the tiny InstructPix2Pix: tokenizer, autoencoder, then text en
     python -m csd_2d.tiny.train runs/tiny --device cuda --vae-steps 20000 --steps 200000 --batch 256
 
 Everything it learns from is drawn on the fly. OUT receives a sample sheet and a loss curve as it goes (`vae_*.png`,
-`unet_*.png`, `loss.png`), checkpoints, and at the end `model`, a diffusers folder.
+`unet_*.png`), checkpoints, and at the end `model`, a diffusers folder.
 """
 
 # diffusers' and transformers' annotations are narrower than what their objects take and give:
@@ -14,6 +14,7 @@ Everything it learns from is drawn on the fly. OUT receives a sample sheet and a
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from csd_2d.errors import one_sentence
 from csd_2d.images import replacing, write_image
 from csd_2d.tiny.instructions import WORDINGS, draw_edits
-from csd_2d.tiny.scenes import Scenes, draw_scenes
+from csd_2d.tiny.scenes import draw_scenes, held_out
 
 TOKENS = 32
 """Length of an encoded prompt, start and end marks included."""
@@ -52,7 +53,7 @@ dB from that of 4x4 pixels: too much would be lost before anything is edited."""
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """The recipe's settings. The defaults are those of the model that ships."""
+    """The recipe's settings. How the model that ships was trained, and where that differed, its README says."""
 
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder for checkpoints, pictures and the model."""
@@ -236,11 +237,6 @@ def make_pipeline(
 # Examples
 
 
-def held_out(count: int, size: int) -> Scenes:
-    """Scenes that no training step draws: its seeds are below 2^62."""
-    return draw_scenes(count, size, torch.Generator().manual_seed(2**62))
-
-
 def _seed(config: RecipeConfig, stage: int, step: int) -> int:
     """Each step has a seed of its own, so that a resumed run draws what it would have drawn."""
     return (config.seed * 2 + stage) * 2**40 + step
@@ -406,8 +402,9 @@ def drop_conditions(
 ) -> tuple[list[str], Float[Tensor, "n c h w"]]:
     """Takes the text from some examples, the image from as many others and both from as many again."""
     lot = torch.rand(len(wordings))
-    kept_text = ["" if share > x or 3 * share > x >= 2 * share else w for w, x in zip(wordings, lot, strict=True)]
+    mute = (lot < share) | ((lot >= 2 * share) & (lot < 3 * share))
     blind = (lot >= share) & (lot < 3 * share)
+    kept_text = ["" if silent else wording for wording, silent in zip(wordings, mute.tolist(), strict=True)]
     return kept_text, condition.masked_fill(blind[:, None, None, None].to(condition.device), 0)
 
 
@@ -494,6 +491,8 @@ def edit_with_diffusers(
 
 def run_recipe(config: RecipeConfig) -> Path:
     """Trains what is not trained yet; returns the folder of the finished model."""
+    if find_spec("matplotlib") is None:  # missed at the first checkpoint, minutes of training would be lost
+        raise ImportError('the recipe draws its loss curves with matplotlib: pip install "csd-edit[recipe]".')
     config.output.mkdir(parents=True, exist_ok=True)
     pipeline = train_unet(config, train_vae(config))
     # Half precision on disk: it rounds weights by at most 0.05 %, and halves the size. Not so the text encoder, which

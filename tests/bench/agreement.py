@@ -27,7 +27,7 @@ from csd_2d import EditConfig, load_preset
 from csd_2d.closed_form import known_answers
 from csd_2d.images import edit_images
 from csd_2d.priors import Prior, load_prior
-from csd_2d.tiny.scenes import draw_scenes
+from csd_2d.tiny.scenes import held_out
 from csd_2d.video import read_clip
 
 PROMPT = "paint it a new color"
@@ -93,7 +93,7 @@ def main(
                 if clip is not None:
                     particles = clip[:: max(len(clip) // count, 1)][:count]
                 elif images == "scenes":
-                    particles = draw_scenes(count, 64, torch.Generator().manual_seed(2**62 + seed)).images
+                    particles = held_out(count, 64, seed).images
                 else:
                     particles = _smooth_images(count, height, width, seed)
                 results.append(_measure(particles, model, config))
