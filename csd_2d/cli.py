@@ -38,16 +38,17 @@ class PriorOptions:
     local_files_only: bool = False
     """Do not ask the hub, even for a model that is not here."""
 
-    def load(self, prompt: str) -> Prior:
+    def load(self, prompts: Sequence[str]) -> Prior:
         import torch
 
-        check_prompt(prompt)  # before minutes go into loading a model
+        check_prompt(prompts)  # before minutes go into loading a model
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         name = self.prior or ("ip2p" if device.startswith("cuda") else "tiny")
         if self.prior is None:
             print(f"prior: {name} on {device} (--prior chooses another)", file=sys.stderr)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        check_prior(name, prompt)
+        for prompt in prompts:
+            check_prior(name, prompt)
         return load_prior(name, device, dtype, self.micro_batch, self.offload, self.local_files_only)
 
 
@@ -55,8 +56,8 @@ class PriorOptions:
 class Options:
     """What all edits have in common."""
 
-    prompt: str
-    """What to change, as an instruction."""
+    prompt: tuple[str, ...]
+    """What to change, as an instruction. A panorama takes several, each for a region."""
     model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
     preset: str = "default"
     """Where the defaults below come from: a name in configs/ (`paper` is the published algorithm), or a .yaml file."""
@@ -66,6 +67,22 @@ class Options:
     or a folder with one for each frame."""
     feather: float = 4.0
     """Width in pixels over which the mask's border falls off, inwards."""
+    resume: bool = False
+    """Go on where the same command was interrupted. What it needs for that lies beside OUT, in OUT.unfinished, and is
+    removed when the edit is done."""
+
+    def resume_file(self, output: Path) -> Path:
+        """Where the state of the edit is kept; without `--resume` what an older one left there is deleted.
+
+        Raises:
+            ValueError: if there is nothing to go on with.
+        """
+        path = output.with_name(output.name + ".unfinished")
+        if not self.resume:
+            path.unlink(missing_ok=True)
+        elif not path.exists():
+            raise ValueError(f"nothing to resume: there is no {path}.")
+        return path
 
 
 @dataclass
@@ -80,10 +97,19 @@ class Panorama:
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Image to write, of the same size; the name's ending sets the format."""
     options: Annotated[Options, tyro.conf.arg(name="")]
+    regions: tuple[Path, ...] | None = None
+    """With several prompts: for each of them an image of the input's size, white where it applies. Where they overlap
+    prompts mix, where all are black nothing changes. Default: vertical stripes of one width, from left to right."""
+    blend_regions: bool = False
+    """Mix prompts cell by cell. Off: as published, by how much of a crop each region covers."""
+    wrap: bool = False
+    """For 360 degree images: the left and the right border are neighbours."""
     stride: int | None = None
-    """Distance between crops in latent cells. Default: half the model's window; the paper takes a quarter."""
+    """Largest distance between crops in latent cells. Default: three quarters of the model's window; the paper takes a
+    quarter."""
     fade: bool = True
-    """Crops fade into each other. Off: they count alike, as published, and leave seams."""
+    """Crops fade into each other, and their grid is shifted from step to step. Off: they count alike and stay in place,
+    as published, which leaves seams and changes borders less."""
 
     def run(self) -> str:
         from csd_2d.panorama import edit_panorama
@@ -97,9 +123,25 @@ class Panorama:
         options = self.options
         height, width = image.shape[-2:]
         mask = None if options.mask is None else read_mask(options.mask, (height, width), options.feather)
-        prior = options.model.load(options.prompt)
+        regions = (
+            None
+            if self.regions is None
+            else [read_mask(path, (height, width), options.feather) for path in self.regions]
+        )
+        resume = options.resume_file(self.output)
         edited = edit_panorama(
-            image, prior, options.prompt, options.edit, self.stride, mask, self.fade, progress="editing"
+            image,
+            options.model.load(options.prompt),
+            options.prompt,
+            options.edit,
+            self.stride,
+            mask,
+            regions,
+            self.blend_regions,
+            self.wrap,
+            self.fade,
+            progress="editing",
+            resume=resume,
         )
         write_image(edited, self.output)
         return f"{self.output} ({edited.shape[-1]}x{edited.shape[-2]} px)"
@@ -126,8 +168,11 @@ class Video:
         check_video_output(self.output, clip)
         options = self.options
         masks = None if options.mask is None else read_masks(options.mask, clip, options.feather)
+        if len(options.prompt) != 1:
+            raise ValueError(f"a video takes one prompt, got {len(options.prompt)}.")
         prior = options.model.load(options.prompt)
-        edited = edit_video(clip, prior, options.prompt, options.edit, masks, progress="editing")
+        resume = options.resume_file(self.output)
+        edited = edit_video(clip, prior, options.prompt[0], options.edit, masks, progress="editing", resume=resume)
         write_clip(edited, self.output)
         return f"{self.output} ({len(edited.frames)} frames)"
 
@@ -200,5 +245,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             start = time.monotonic()
             print(f"wrote {command.run()} in {time.monotonic() - start:.0f} s")
     except KeyboardInterrupt:
-        print("csd: interrupted.", file=sys.stderr)
+        print("csd: interrupted; the same command with --resume goes on.", file=sys.stderr)
         sys.exit(130)

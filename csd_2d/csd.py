@@ -3,7 +3,7 @@
 Source: Kim et al., "Collaborative Score Distillation for Consistent Visual Synthesis", arXiv 2307.04787 (NeurIPS 2023).
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,8 @@ from csd_2d.kernels import Kernel, RBFKernel
 if TYPE_CHECKING:
     from csd_2d.priors import Prior
 
-Branch = Literal["text", "image", "uncond"]
-"""Which conditions a noise estimate sees: text and image, the image alone, or neither."""
+Branch = int | Literal["image", "uncond"]
+"""Which conditions a noise estimate sees: the image and the prompt of that number, the image alone, or neither."""
 
 Baseline = Literal["image", "noise", "none"]
 """What is subtracted from the target's estimate: the image-conditional estimate of the noised source (CSD-Edit),
@@ -29,7 +29,7 @@ def add_noise(
     return alpha * x_0 + sigma * noise
 
 
-def guidance_weights(guidance_scale: float, image_guidance_scale: float) -> dict[Branch, float]:
+def guidance_weights(guidance_scale: float, image_guidance_scale: float) -> dict[str, float]:
     """Coefficients of the three noise estimates in the guided one, without those that are zero.
 
     eq. 3: e(x) + w_s [e(x; s) - e(x)] + w_y [e(x; s, y) - e(x; s)], collected by estimate. Branches with a zero
@@ -41,7 +41,7 @@ def guidance_weights(guidance_scale: float, image_guidance_scale: float) -> dict
         >>> guidance_weights(1.0, 1.0)
         {'text': 1.0}
     """
-    weights: dict[Branch, float] = {
+    weights = {
         "text": guidance_scale,
         "image": image_guidance_scale - guidance_scale,
         "uncond": 1 - image_guidance_scale,
@@ -61,6 +61,7 @@ def edit_residual(
     guidance_scale: float,
     image_guidance_scale: float,
     baseline: Baseline = "image",
+    shares: Float[Tensor, "n prompts _ _"] | None = None,
 ) -> Float[Tensor, "n c h w"]:
     """Guided noise estimate of the target minus the baseline: the negative of eq. 9's score.
 
@@ -68,23 +69,46 @@ def edit_residual(
     w_y = w_s four, with both 1 two. The image baseline is text-free guidance of the noised *source*,
     e(x) + w_s [e(x; s) - e(x)].
 
+    Several prompts are composed as sum_k a_k e(x_t; s, y_k) (arXiv 2307.04787, appendix B.1). All see the same noise,
+    and everything but the text branch is evaluated once: four rows and one for each prompt that has a share.
+
     Args:
         x_t: noised particles.
         source_t: the unedited particles under the same noise and timestep.
         condition: what the prior takes as the source image (`Prior.condition`).
-        text: the encoded prompt (`Prior.encode_text`).
+        text: the encoded prompts (`Prior.encode_text`).
+        shares: a_k of each prompt in each particle, for the whole of it (n, prompts, 1, 1) or cell by cell; they add up
+            to 1. Default: the first prompt everywhere.
     """
-    rows = list(guidance_weights(guidance_scale, image_guidance_scale).items())
-    inputs = [x_t] * len(rows)
+    everyone = torch.arange(len(x_t), device=x_t.device)
+    if shares is None:
+        shares = x_t.new_ones(len(x_t), 1, 1, 1)
+    # Rows for the prior, in blocks: branch, particles, noised latents they see, factor on the estimate.
+    blocks: list[tuple[Branch, Tensor, Tensor, float | Tensor]] = []
+    for name, weight in guidance_weights(guidance_scale, image_guidance_scale).items():
+        if name != "text":
+            blocks.append((cast(Branch, name), everyone, x_t, weight))
+            continue
+        for prompt, share in enumerate(shares.unbind(1)):
+            sees = share.flatten(1).any(1).nonzero()[:, 0]
+            blocks.append((prompt, sees, x_t, weight * share[sees, None]))
     if baseline == "image":
         reference = guidance_weights(0.0, image_guidance_scale)
-        rows.extend((branch, -weight) for branch, weight in reference.items())
-        inputs += [source_t] * len(reference)
+        blocks.extend((cast(Branch, name), everyone, source_t, -weight) for name, weight in reference.items())
 
-    branches: list[Branch] = [branch for branch, _ in rows for _ in range(len(x_t))]
-    estimates = prior.noise_estimate(torch.cat(inputs), timestep, condition.repeat(len(rows), 1, 1, 1), text, branches)
-    weights = estimates.new_tensor([weight for _, weight in rows])
-    residual = torch.einsum("r,rnchw->nchw", weights, estimates.unflatten(0, (len(rows), len(x_t))))
+    rows = torch.cat([particles for _, particles, _, _ in blocks])
+    estimates = prior.noise_estimate(
+        torch.cat([noised[particles] for _, particles, noised, _ in blocks]),
+        timestep,
+        condition[rows],
+        text,
+        [branch for branch, particles, _, _ in blocks for _ in particles],
+    )
+    residual = torch.zeros_like(x_t)
+    for (_, particles, _, factor), estimate in zip(
+        blocks, estimates.split([len(particles) for _, particles, _, _ in blocks]), strict=True
+    ):
+        residual.index_add_(0, particles, factor * estimate)
     return residual - noise if baseline == "noise" else residual
 
 

@@ -1,20 +1,25 @@
 """The one optimisation loop: panorama, video and 3D scenes all run it."""
 
+import hashlib
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args
+from pickle import UnpicklingError
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, StepLR
 from tqdm.auto import tqdm
 
 from csd_2d.csd import Baseline, add_noise, edit_residual, surrogate_loss, svgd_direction
 from csd_2d.errors import NonFiniteError
+from csd_2d.files import replacing
 from csd_2d.kernels import RBFKernel
 from csd_2d.particles import NoiseMode, Particles
 from csd_2d.priors import Prior
@@ -40,8 +45,9 @@ class EditConfig:
     under noise that leaves the answer open; in the second each follows its own score, under noise too weak to change
     the answer. 0: no first phase, as published."""
     batch: int | None = None
-    """Particles drawn for a step of the second phase; 0 takes all of them. Default: a third (paper: 4 of 12 crops), but
-    8 at least. Fewer make a step cheaper, and leave each particle fewer steps to change in."""
+    """Particles drawn for a step of the second phase; 0 takes all of them. Default: of frames or views a third, but 8
+    at least (paper: 4 of 12 crops); of a canvas as many crops as cover it. Fewer make a step cheaper, and leave each
+    particle fewer steps to change in."""
     guidance_scale: float | None = None
     """Text guidance scale omega_y. Default: the prior's."""
     image_guidance_scale: float | None = None
@@ -152,25 +158,52 @@ class StepInfo:
     """Root mean square of the edit residual over the step's particles."""
 
 
-def check_prompt(prompt: str) -> None:
-    """Raises ValueError if the prompt is empty."""
-    if not prompt.strip():
+Prompt = str | Sequence[str]
+"""One instruction, or several, of which the particles say where each applies (`Particles.shares`)."""
+
+
+def check_prompt(prompt: Prompt) -> list[str]:
+    """The instructions as a list. Raises ValueError if there is none, or one is empty."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("prompt is empty; say what to change, e.g. 'make it night'.")
+    return prompts
 
 
-def batches(total: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Random batches without end; every particle is drawn equally often, to within one."""
-    size = min(size or total, total)
-    queue: deque[int] = deque()
-    while True:
+class Batches:
+    """Random batches without end; every particle is drawn equally often, to within one.
+
+    Args:
+        rounds: sets of particles; each is used up before the next, drawn at random, is begun. See `Particles.rounds`.
+        size: particles in a batch; 0 takes a whole round.
+    """
+
+    def __init__(self, rounds: list[list[int]], size: int, generator: torch.Generator) -> None:
+        self._rounds, self._generator = rounds, generator
+        self._size = min([size, *map(len, rounds)])
+        self.queue: deque[int] = deque()
+        """Who is still to be drawn in this round, in order."""
+        self.rounds_left: list[int] = []
+        """Which rounds are still to come before any comes again; the last is next."""
+
+    def _begin_round(self, batch: list[int]) -> None:
+        if not self.rounds_left:
+            self.rounds_left = torch.randperm(len(self._rounds), generator=self._generator).tolist()
+        particles = self._rounds[self.rounds_left.pop()]
+        shuffled = [particles[i] for i in torch.randperm(len(particles), generator=self._generator)]
+        # What this batch holds already goes to the end of the next round, so that no batch holds it twice.
+        self.queue.extend(sorted(shuffled, key=batch.__contains__))
+
+    def __next__(self) -> list[int]:
         batch: list[int] = []
+        if not self.queue:
+            self._begin_round(batch)
+        size = self._size or len(self.queue)
         while len(batch) < size:
-            if not queue:
-                shuffled = torch.randperm(total, generator=generator).tolist()
-                # What this batch holds already goes to the end of the next round, so that no batch holds it twice.
-                queue.extend(sorted(shuffled, key=batch.__contains__))
-            batch.append(queue.popleft())
-        yield batch
+            if not self.queue:
+                self._begin_round(batch)
+            batch.append(self.queue.popleft())
+        return batch
 
 
 class EditRun:
@@ -181,27 +214,47 @@ class EditRun:
 
     Args:
         particles: what to edit.
-        prompt: the instruction, e.g. "make it night".
+        prompt: the instruction, e.g. "make it night", or several; see `Prompt`.
 
     Raises:
-        ValueError: if the prompt is empty or unknown to the prior.
+        ValueError: if a prompt is empty or unknown to the prior.
     """
 
-    def __init__(self, particles: Particles, prior: Prior, prompt: str, config: EditConfig) -> None:
-        check_prompt(prompt)
+    def __init__(self, particles: Particles, prior: Prior, prompt: Prompt, config: EditConfig) -> None:
+        self._prompts = check_prompt(prompt)
         self.particles, self.prior, self.config = particles, prior, config
         self.guidance = {
             name: getattr(prior if getattr(config, name) is None else config, name)
             for name in ("guidance_scale", "image_guidance_scale")
         }
-        self._text = prior.encode_text(prompt)
+        self._text = prior.encode_text(self._prompts)
         self._generator = torch.Generator().manual_seed(config.seed)
-        total = len(particles)
-        self._batch = max(8, -(-total // 3)) if config.batch is None else config.batch
+        rounds = particles.rounds()
+        together = JOINT_PARTICLES if max(map(len, rounds)) > JOINT_PARTICLES else 0
+        self._batch = particles.default_batch if config.batch is None else config.batch
         self._drawn = {
-            True: batches(total, JOINT_PARTICLES, self._generator),
-            False: batches(total, self._batch, self._generator),
+            True: Batches(rounds, together, self._generator),
+            False: Batches(rounds, self._batch, self._generator),
         }
+
+    def fingerprint(self) -> str:
+        """Tells edits apart by settings, prompts and sources."""
+        digest = hashlib.sha256(repr((self.config, self._prompts)).encode())
+        for index in self.particles.rounds()[0]:
+            digest.update(self.particles.source([index]).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the particles' parameters to draw what it would have drawn."""
+        return {
+            "generator": self._generator.get_state(),
+            "drawn": {phase: (list(drawn.queue), drawn.rounds_left) for phase, drawn in self._drawn.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["generator"])
+        for phase, (queue, rounds_left) in state["drawn"].items():
+            self._drawn[phase].queue, self._drawn[phase].rounds_left = deque(queue), rounds_left
 
     def loss(self, step: int) -> tuple[Float[Tensor, ""], StepInfo]:
         """A scalar whose gradient with respect to the particles is -w(t) phi, w(t) = sigma^2.
@@ -212,10 +265,8 @@ class EditRun:
         particles, prior, config = self.particles, self.prior, self.config
         together = step < config.together * config.steps
         indices = next(self._drawn[together])
-        shares = (
-            (config.turn_timestep, config.max_timestep) if together else (config.min_timestep, config.turn_timestep)
-        )
-        lowest, highest = (round(share * (prior.num_timesteps - 1)) for share in shares)
+        span = (config.turn_timestep, config.max_timestep) if together else (config.min_timestep, config.turn_timestep)
+        lowest, highest = (round(share * (prior.num_timesteps - 1)) for share in span)
         timestep = int(torch.randint(lowest, highest + 1, (), generator=self._generator))
         alpha, sigma = prior.alpha_sigma(timestep)
 
@@ -224,14 +275,21 @@ class EditRun:
         noise = particles.noise(indices, config.noise, self._generator)
         x_t = add_noise(clean, noise, alpha, sigma)
         source_t = add_noise(particles.source(indices), noise, alpha, sigma)
-        condition = particles.condition(indices)
+        stacks = [x_t, source_t, noise, particles.condition(indices)]
+        shares = particles.shares(indices)
         size = self._batch or len(indices)  # moving as one takes no more memory in the prior than any other
         residual = torch.cat(
             [
                 edit_residual(
-                    prior, *rows, timestep=timestep, text=self._text, **self.guidance, baseline=config.baseline
+                    prior,
+                    *(stack[rows] for stack in stacks),
+                    timestep=timestep,
+                    text=self._text,
+                    **self.guidance,
+                    baseline=config.baseline,
+                    shares=None if shares is None else shares[rows],
                 )
-                for rows in zip(*(stack.split(size) for stack in (x_t, source_t, noise, condition)), strict=True)
+                for rows in torch.arange(len(indices)).split(size)
             ]
         )
         direction = -residual
@@ -243,32 +301,89 @@ class EditRun:
         return surrogate_loss(x_0, direction, weight=sigma**2), info
 
 
+class _ProgressFile:
+    """State of an edit between two steps, on disk: written twice a minute, so that no more than that is ever lost."""
+
+    SECONDS = 30.0
+
+    def __init__(self, path: Path, run: EditRun, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
+        self.path, self._run, self._optimizer, self._scheduler = path, run, optimizer, scheduler
+        self._edit = run.fingerprint()
+        self._saved = time.monotonic()
+
+    def load(self) -> int:
+        """Restores what the file holds; returns the step to go on with, 0 if there is no file.
+
+        Raises:
+            ValueError: if the file is of another edit or cannot be read.
+        """
+        if not self.path.exists():
+            return 0
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if state["edit"] != self._edit:
+                raise ValueError(
+                    f"{self.path} is of an edit with another prompt, other settings or other images; give what was "
+                    "given then, or delete it to begin anew."
+                )
+            with torch.no_grad():
+                for parameter, value in zip(self._run.particles.parameters(), state["parameters"], strict=True):
+                    parameter.copy_(value)
+            self._run.load_state_dict(state["run"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._scheduler.load_state_dict(state["scheduler"])
+        except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} cannot be read as the state of an edit; delete it to begin anew.") from error
+        return state["step"]
+
+    def step_done(self, step: int) -> None:
+        if time.monotonic() - self._saved < self.SECONDS:
+            return
+        state = {
+            "edit": self._edit,
+            "step": step + 1,
+            "parameters": [parameter.detach() for parameter in self._run.particles.parameters()],
+            "run": self._run.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+        }
+        with replacing(self.path) as temporary:
+            torch.save(state, temporary)
+        self._saved = time.monotonic()
+
+
 def edit(
     particles: Particles,
     prior: Prior,
-    prompt: str,
+    prompt: Prompt,
     config: EditConfig | None = None,
-    on_step: Callable[[StepInfo], None] | None = None,
+    on_step: Callable[[StepInfo], bool | None] | None = None,
     progress: str | None = None,
+    resume: Path | None = None,
 ) -> None:
     """Edits particles in place: `EditRun` with SGD. Same seed, same bits on a CPU.
 
     Args:
         particles: what to edit; their parameters change.
-        prompt: the instruction, e.g. "make it night".
+        prompt: the instruction, e.g. "make it night", or several; see `Prompt`.
         config: default `EditConfig()`.
-        on_step: called after every step.
+        on_step: called after every step; the edit ends there if it returns True.
         progress: label of a progress bar with ETA; none if None.
+        resume: file that keeps the state of an edit that is interrupted, by Ctrl-C or by an error. Where it is there
+            the edit goes on from it, and ends as if it had never stopped; when the edit ends it is removed.
 
     Raises:
-        ValueError: if the prompt is empty or unknown to the prior.
+        ValueError: if a prompt is empty or unknown to the prior, or `resume` holds the state of another edit.
         NonFiniteError: if latents become NaN or infinite; names the step.
     """
     config = config or EditConfig()
     run = EditRun(particles, prior, prompt, config)
     optimizer = torch.optim.SGD(particles.parameters(), lr=config.lr)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_decay_every, config.lr_decay)
-    for step in tqdm(range(config.steps), desc=progress, disable=progress is None, unit="step"):
+    scheduler = StepLR(optimizer, config.lr_decay_every, config.lr_decay)
+    progress_file = None if resume is None else _ProgressFile(resume, run, optimizer, scheduler)
+    steps = range(0 if progress_file is None else progress_file.load(), config.steps)
+    bar = tqdm(steps, desc=progress, disable=progress is None, unit="step", initial=steps.start, total=steps.stop)
+    for step in bar:
         loss, info = run.loss(step)
         optimizer.zero_grad()
         loss.backward()
@@ -276,8 +391,13 @@ def edit(
         scheduler.step()
         if not all(bool(p.isfinite().all()) for p in particles.parameters()):
             raise NonFiniteError(
-                f"latents are not finite after step {step + 1} of {config.steps} (timestep {info.timestep}); lower lr "
-                f"(now {config.lr}) or the guidance scales (now {' and '.join(map(str, run.guidance.values()))})."
+                f"latents are not finite after step {step + 1} of {config.steps} (timestep {info.timestep}); lower "
+                f"lr (now {config.lr}) or the guidance scales (now "
+                f"{' and '.join(map(str, run.guidance.values()))})."
             )
-        if on_step is not None:
-            on_step(info)
+        if progress_file is not None:
+            progress_file.step_done(step)
+        if on_step is not None and on_step(info):
+            break
+    if progress_file is not None:
+        progress_file.path.unlink(missing_ok=True)

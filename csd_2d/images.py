@@ -1,10 +1,7 @@
 """Image files, padding, and the edit of a set of images: what video and 3D scenes share."""
 
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from csd_2d.closed_form import gaussian_blur
 from csd_2d.edit import EditConfig, StepInfo, edit
+from csd_2d.files import replacing
 from csd_2d.particles import LatentStack
 from csd_2d.priors import Prior
 
@@ -62,19 +60,6 @@ def read_image(path: Path) -> Float[Tensor, "3 H W"]:
             f"{path} is {tensor.shape[-1]}x{tensor.shape[-2]} px; both sides must be at least {SMALLEST} px."
         )
     return tensor
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends without an error.
-
-    So that a reader never meets a half-written file, and an error leaves what was there before.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        os.replace(temporary, path)
 
 
 def read_mask(path: Path, size: tuple[int, int], feather: float = 0.0) -> Float[Tensor, "1 H W"]:
@@ -145,8 +130,9 @@ def edit_images(
     config: EditConfig | None = None,
     start: Sequence[Float[Tensor, "3 _ _"]] | None = None,
     masks: Sequence[Float[Tensor, "1 _ _"]] | None = None,
-    on_step: Callable[[StepInfo], None] | None = None,
+    on_step: Callable[[StepInfo], bool | None] | None = None,
     progress: str | None = None,
+    resume: Path | None = None,
 ) -> list[Float[Tensor, "3 _ _"]]:
     """Edits a set of images together: each is one particle.
 
@@ -157,7 +143,7 @@ def edit_images(
         images: the sources, RGB in [0, 1].
         start: images to start from, of the same sizes (a scene's present renders); default: the sources.
         masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. Default: all.
-        config, on_step, progress: see `csd_2d.edit.edit`.
+        config, on_step, progress, resume: see `csd_2d.edit.edit`.
 
     Returns:
         The edited images on the CPU, in the sources' sizes.
@@ -182,7 +168,7 @@ def edit_images(
         start=source if start is None else encoded(prior.encode, start),
         mask=None if masks is None else encoded(lambda mask: cell_mask(mask, prior.cell), masks),
     )
-    edit(particles, prior, prompt, config, on_step, progress)
+    edit(particles, prior, prompt, config, on_step, progress, resume)
     with torch.no_grad():
         decoded = [prior.decode(particles.render([index]))[0].cpu() for index in range(len(images))]
     edited = [out[:, : image.shape[-2], : image.shape[-1]] for out, image in zip(decoded, images, strict=True)]

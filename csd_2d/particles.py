@@ -1,11 +1,14 @@
 """What is edited, seen as particles: frames or views with latents of their own, or crops of one canvas."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from csd_2d.tiles import fading, window_positions
 
 NoiseMode = Literal["independent", "shared", "canvas"]
 """A noise for each particle, one for all particles, or crops of one noise map of the whole canvas."""
@@ -26,6 +29,19 @@ class Particles(Protocol):
 
     def condition(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         """The same particles before any edit, as the prior wants its source image."""
+        ...
+
+    @property
+    def default_batch(self) -> int:
+        """How many a step takes where nobody says; 0: a whole round."""
+        ...
+
+    def rounds(self) -> list[list[int]]:
+        """Sets of particles each of which is all there is to edit: grids of crops, or simply all frames."""
+        ...
+
+    def shares(self, indices: Sequence[int]) -> Float[Tensor, "n prompts _ _"] | None:
+        """What share each of several prompts has in these particles, see `edit_residual`; None: there is one prompt."""
         ...
 
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
@@ -53,6 +69,11 @@ def stack_noise(
     return _standard_normal((count, *latents.shape[1:]), generator, latents).expand_as(latents)
 
 
+def stack_batch(count: int) -> int:
+    """Images of their own that a step takes: a third (paper: 4 of 12), but 8 at least."""
+    return max(8, -(-count // 3))
+
+
 class LatentStack:
     """Particles with a latent of their own: the frames of a video, the views of a scene.
 
@@ -61,6 +82,7 @@ class LatentStack:
         condition: what the prior takes as source images (`Prior.condition`).
         start: latents to start from; default: `source`.
         mask: which cells may change; the others stay the source's. Default: all.
+        shares: where each of several prompts applies, see `edit_residual`. Default: there is one prompt.
     """
 
     def __init__(
@@ -69,15 +91,24 @@ class LatentStack:
         condition: Float[Tensor, "n c h w"],
         start: Float[Tensor, "n c h w"] | None = None,
         mask: Bool[Tensor, "n 1 h w"] | None = None,
+        shares: Float[Tensor, "n prompts _ _"] | None = None,
     ) -> None:
         self._source = source.detach().float()
         self._condition = condition.detach()
         self._mask = mask
+        self._shares = shares
         # Master latents stay fp32 whatever the model computes in: fp16 loses updates below 1e-3.
         self.latents = nn.Parameter((source if start is None else start).detach().float().clone())
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @property
+    def default_batch(self) -> int:
+        return stack_batch(len(self))
+
+    def rounds(self) -> list[list[int]]:
+        return [list(range(len(self)))]
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         latents = self.latents[list(indices)]
@@ -88,6 +119,9 @@ class LatentStack:
 
     def condition(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._condition[list(indices)]
+
+    def shares(self, indices: Sequence[int]) -> Float[Tensor, "n prompts _ _"] | None:
+        return None if self._shares is None else self._shares[list(indices)]
 
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
         return stack_noise(self.latents[list(indices)], mode, generator)
@@ -110,38 +144,33 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * factor, None
 
 
-def window_positions(size: int, window: int, stride: int) -> list[int]:
-    """Left edges of windows that cover 0..size: every `stride` cells, and one flush with the end.
-
-    Example:
-        >>> window_positions(10, 4, 4)
-        [0, 4, 6]
-    """
-    last = size - window
-    if last < 0:
-        raise ValueError(f"window of {window} cells does not fit in {size} cells; pad the canvas first.")
-    return [*range(0, last, stride), last]
-
-
 class CanvasCrops:
     """Particles that are overlapping windows of one canvas of latents: the crops of a panorama.
 
-    Every cell is covered whatever the stride. Crops fade into each other: what a crop says of a cell counts the less
-    the nearer the cell is to the crop's border, where the model sees least around it. The weights of all crops add up
-    to 1 in every cell, borders of the canvas included, so that no cell is moved more than another.
+    Crops form grids, each of which covers every cell; a step takes a whole grid, the next step another, a little
+    shifted, so that no border of a crop stays in one place. Crops of a grid fade into each other: what a crop says of a
+    cell counts the less the nearer the cell is to the crop's border, where the model sees least around it. The weights
+    of a grid add up to 1 in every cell, borders of the canvas included, so that no cell is moved more than another.
 
     Args:
         source: latents of the whole unedited image.
         condition: the whole unedited image as the prior wants it.
         window: side of a square crop, in cells.
-        stride: distance between crops, in cells, at most `window`.
+        stride: largest distance between crops of a grid, in cells, at most `window`.
         mask: which cells may change; the others stay the source's. Default: all.
-        fade: False: as published, crops count alike, and the gradient of a cell is divided by the number of rendered
-            crops that cover it. Cells near the canvas's border then move less often, and crops leave seams.
+        regions: where each of several prompts applies; adds up to 1 in every cell. Default: there is one prompt.
+        blend_regions: False: as published, a prompt's share of a crop is the part of the crop its region covers
+            (arXiv 2307.04787, appendix B.1). True: each cell has its own shares.
+        wrap: the left and the right border are neighbours.
+        fade: False: as published, there is one grid, of which a step takes a third; crops count alike, and the gradient
+            of a cell is divided by the number of rendered crops that cover it. Cells near the canvas's border then move
+            less often, and crops leave seams.
 
     Raises:
         ValueError: if the window does not fit or the stride would leave cells uncovered.
     """
+
+    GRIDS = 16
 
     def __init__(
         self,
@@ -150,6 +179,9 @@ class CanvasCrops:
         window: int,
         stride: int,
         mask: Bool[Tensor, "1 1 h w"] | None = None,
+        regions: Float[Tensor, "1 prompts h w"] | None = None,
+        blend_regions: bool = False,
+        wrap: bool = False,
         fade: bool = True,
     ) -> None:
         if not 1 <= stride <= window:
@@ -157,48 +189,58 @@ class CanvasCrops:
         self.window = window
         self._source = source.detach().float()
         self._condition = condition.detach()
-        self._mask = mask
+        self._mask, self._regions, self._blend_regions = mask, regions, blend_regions
+        self._wrap, self._fade = wrap, fade
         self.canvas = nn.Parameter(self._source.clone())
-        height, width = source.shape[-2:]
-        self.corners = [
-            (y, x) for y in window_positions(height, window, stride) for x in window_positions(width, window, stride)
-        ]
-        self._weights = self._faded() if fade else None
+        self.corners: list[tuple[int, int]] = []
+        """Top and left cell of each crop."""
+        self._ramps: list[tuple[Tensor, Tensor]] = []
+        self._rounds: list[list[int]] = []
+        for grid in range(self.GRIDS if fade else 1):
+            self._add_grid(*_phases(grid), stride)
+        self.default_batch = 0 if fade else -(-len(self) // 3)
+
+    def _add_grid(self, down: float, across: float, stride: int) -> None:
+        height, width = self._source.shape[-2:]
+        rows = window_positions(height, self.window, stride, down)
+        columns = window_positions(width, self.window, stride, across, self._wrap)
+        first = len(self.corners)
+        self.corners += itertools.product(rows, columns)
+        self._rounds.append(list(range(first, len(self.corners))))
+        self._ramps += itertools.product(
+            fading(rows, height, self.window).to(self._source.device),
+            fading(columns, width, self.window, self._wrap).to(self._source.device),
+        )
 
     def __len__(self) -> int:
         return len(self.corners)
 
+    def rounds(self) -> list[list[int]]:
+        return self._rounds
+
     def _crops(self, canvas: Tensor, indices: Sequence[int]) -> Tensor:
-        corners = (self.corners[i] for i in indices)
-        return torch.cat([canvas[..., y : y + self.window, x : x + self.window] for y, x in corners])
+        return torch.cat([self._crop(canvas, *self.corners[i]) for i in indices])
 
-    def _faded(self) -> Float[Tensor, "crops 1 window window"]:
-        """Pyramids, flat towards the canvas's border, divided by their sum over all crops."""
-        height, width = self._source.shape[-2:]
-        distance = torch.arange(self.window) + 0.5
-        rising = (distance / (self.window / 2)).clamp(max=1)
+    def _crop(self, canvas: Tensor, y: int, x: int) -> Tensor:
+        rows = canvas[..., y : y + self.window, :]
+        beyond = x + self.window - canvas.shape[-1]
+        if beyond <= 0:
+            return rows[..., x : x + self.window]
+        return torch.cat([rows[..., x:], rows[..., :beyond]], -1)
 
-        def ramp(start: int, size: int) -> Tensor:
-            left = torch.ones_like(rising) if start == 0 else rising
-            right = torch.ones_like(rising) if start + self.window == size else rising.flip(0)
-            return left * right
-
-        pyramids = torch.stack([ramp(y, height)[:, None] * ramp(x, width) for y, x in self.corners])[:, None]
-        pyramids = pyramids.to(self._source.device)
-        return pyramids / self._crops(self._sum(pyramids, range(len(self))), range(len(self)))
-
-    def _sum(self, crops: Tensor, indices: Sequence[int]) -> Float[Tensor, "1 1 h w"]:
-        """Crops put back in their places and added up."""
+    def _coverage(self, indices: Sequence[int]) -> Float[Tensor, "1 1 h w"]:
+        """How many of some crops cover each cell."""
         total = torch.zeros_like(self._source[:, :1])
-        for crop, (y, x) in zip(crops, (self.corners[i] for i in indices), strict=True):
-            total[..., y : y + self.window, x : x + self.window] += crop
+        for y, x in (self.corners[i] for i in indices):
+            total[..., y : y + self.window, x : x + self.window] += 1
         return total
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        if self._weights is not None:
-            return _ScaleGradient.apply(self._crops(self.edited(), indices), self._weights[list(indices)])  # type: ignore[return-value]
-        coverage = self._sum(self._source.new_ones(len(indices), 1, 1, 1), indices).clamp(min=1)
-        return self._crops(_ScaleGradient.apply(self.edited(), 1 / coverage), indices)  # type: ignore[arg-type]
+        if self._fade:
+            weights = torch.stack([down[:, None] * across for down, across in (self._ramps[i] for i in indices)])
+            return _ScaleGradient.apply(self._crops(self.edited(), indices), weights[:, None])  # type: ignore[return-value]
+        scale = 1 / self._coverage(indices).clamp(min=1)
+        return self._crops(_ScaleGradient.apply(self.edited(), scale), indices)  # type: ignore[arg-type]
 
     def edited(self) -> Float[Tensor, "1 c h w"]:
         """The canvas with what the mask keeps of the source."""
@@ -210,6 +252,12 @@ class CanvasCrops:
     def condition(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._crops(self._condition, indices)
 
+    def shares(self, indices: Sequence[int]) -> Float[Tensor, "n prompts _ _"] | None:
+        if self._regions is None:
+            return None
+        shares = self._crops(self._regions, indices)
+        return shares if self._blend_regions else shares.mean((2, 3), keepdim=True)
+
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
         if mode == "canvas":
             return self._crops(_standard_normal(self.canvas.shape, generator, self.canvas), indices)
@@ -218,3 +266,9 @@ class CanvasCrops:
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return [self.canvas]
+
+
+def _phases(grid: int) -> tuple[float, float]:
+    """Shifts of a grid, the first one's none: points that fill a square evenly (Roberts's R2 sequence)."""
+    plastic = 1.32471795724474602596
+    return grid / plastic % 1, grid / plastic**2 % 1

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from csd_2d.edit import EditConfig, StepInfo
-from csd_2d.images import SMALLEST, edit_images, read_image, read_mask, replacing, to_array, write_image
+from csd_2d.files import replacing
+from csd_2d.images import SMALLEST, edit_images, read_image, read_mask, to_array, write_image
 from csd_2d.priors import Prior
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
@@ -41,11 +42,14 @@ def edit_video(
     prompt: str,
     config: EditConfig | None = None,
     masks: Sequence[Float[Tensor, "1 _ _"]] | None = None,
-    on_step: Callable[[StepInfo], None] | None = None,
+    on_step: Callable[[StepInfo], bool | None] | None = None,
     progress: str | None = None,
+    resume: Path | None = None,
 ) -> Clip:
     """Edits all frames of a clip together; sizes and frame rate stay. See `csd_2d.images.edit_images`."""
-    frames = edit_images(clip.frames, prior, prompt, config, masks=masks, on_step=on_step, progress=progress)
+    frames = edit_images(
+        clip.frames, prior, prompt, config, masks=masks, on_step=on_step, progress=progress, resume=resume
+    )
     return Clip(frames, clip.rate, clip.names)
 
 

@@ -8,7 +8,7 @@ import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from csd_2d.edit import EditConfig, batches
+from csd_2d.edit import Batches, EditConfig
 from csd_2d.images import edit_images, write_image
 from csd_2d.priors import Prior
 from csd_nerf.scene import TrainingViews
@@ -46,7 +46,7 @@ class DatasetUpdate:
         self._prior: Prior | None = None
         self._prompt = prompt
         self._edit = edit
-        self._drawn = batches(len(views), views_per_round, torch.Generator().manual_seed(seed))
+        self._drawn = Batches([list(range(len(views)))], views_per_round, torch.Generator().manual_seed(seed))
         self._rounds = rounds
         self._folder = folder
         self._seed = seed

@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from csd_2d.closed_form import known_answers
-from csd_2d.images import replacing, to_tensor, write_image
+from csd_2d.files import replacing
+from csd_2d.images import to_tensor, write_image
 from csd_2d.video import Clip, write_clip
 from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
 from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntable, write_scene

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from csd_2d.edit import EditConfig, EditRun, StepInfo
 from csd_2d.images import common_size, pad
-from csd_2d.particles import NoiseMode, stack_noise
+from csd_2d.particles import NoiseMode, stack_batch, stack_noise
 from csd_2d.priors import Prior
 from csd_nerf.scene import TrainingViews
 
@@ -39,6 +39,13 @@ class SceneParticles:
     def __len__(self) -> int:
         return len(self._views)
 
+    @property
+    def default_batch(self) -> int:
+        return stack_batch(len(self))
+
+    def rounds(self) -> list[list[int]]:
+        return [list(range(len(self)))]
+
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         def latents(image: Tensor) -> Tensor:
             return self._prior.encode(self._padded(image).to(self._prior.device))
@@ -51,6 +58,9 @@ class SceneParticles:
 
     def condition(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._condition[list(indices)]
+
+    def shares(self, indices: Sequence[int]) -> None:
+        return None
 
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
         return stack_noise(self.source(indices), mode, generator)

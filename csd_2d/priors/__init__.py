@@ -44,8 +44,8 @@ class Prior(Protocol):
         """Images as the model takes them for its source."""
         ...
 
-    def encode_text(self, prompt: str) -> Any:
-        """The instruction in the form `noise_estimate` takes. ValueError if the prior cannot follow it."""
+    def encode_text(self, prompts: Sequence[str]) -> Any:
+        """Instructions in the form `noise_estimate` takes. ValueError if the prior cannot follow one of them."""
         ...
 
     def alpha_sigma(self, timestep: int) -> tuple[float, float]:
@@ -60,7 +60,11 @@ class Prior(Protocol):
         text: Any,
         branches: Sequence[Branch],
     ) -> Float[Tensor, "b c h w"]:
-        """The model's estimate of the noise in x_t; `branches` says for each row which conditions it sees."""
+        """The model's estimate of the noise in x_t.
+
+        Args:
+            branches: for each row which conditions it sees; a number is that of one of the prompts `text` was made of.
+        """
         ...
 
 
@@ -106,7 +110,7 @@ def check_prior(name: str, prompt: str | None = None) -> None:
         from csd_2d.priors.analytic import AnalyticPrior
 
         if prompt is not None:
-            AnalyticPrior().encode_text(prompt)
+            AnalyticPrior().encode_text([prompt])
     elif name == "tiny":
         from csd_2d.tiny.instructions import INSTRUCTIONS, unknown_words
 

@@ -55,22 +55,22 @@ class AnalyticPrior:
     def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
         return self.encode(images)
 
-    def encode_text(self, prompt: str) -> list[ImageEdit]:
-        """The closed-form edits the instruction asks for.
+    def encode_text(self, prompts: Sequence[str]) -> list[list[ImageEdit]]:
+        """The closed-form edits each instruction asks for.
 
         Raises:
             ValueError: for an instruction without a closed form; the message lists those there are.
         """
-        edits = PIXEL_EDITS.get(normalized(prompt))
-        if edits is None:
-            raise ValueError(
-                f"the analytic prior does not know the prompt '{prompt}'; it knows: {'; '.join(PIXEL_EDITS)}."
-            )
-        return edits
+        for prompt in prompts:
+            if normalized(prompt) not in PIXEL_EDITS:
+                raise ValueError(
+                    f"the analytic prior does not know the prompt '{prompt}'; it knows: {'; '.join(PIXEL_EDITS)}."
+                )
+        return [PIXEL_EDITS[normalized(prompt)] for prompt in prompts]
 
     def answers(self, prompt: str, images: Float[Tensor, "n 3 H W"]) -> list[Float[Tensor, "n 3 H W"]]:
         """The known answers: for each mode of the instruction, the edited images in [0, 1]."""
-        return [edit(images).clamp(0, 1) for edit in self.encode_text(prompt)]
+        return [edit(images).clamp(0, 1) for edit in self.encode_text([prompt])[0]]
 
     def alpha_sigma(self, timestep: int) -> tuple[float, float]:
         alpha_squared = self.alphas_cumprod[timestep].item()
@@ -81,7 +81,7 @@ class AnalyticPrior:
         x_t: Float[Tensor, "b 3 h w"],
         timestep: int,
         condition: Float[Tensor, "b 3 h w"],
-        text: list[ImageEdit],
+        text: list[list[ImageEdit]],
         branches: Sequence[Branch],
     ) -> Float[Tensor, "b 3 h w"]:
         alpha, sigma = self.alpha_sigma(timestep)
@@ -92,7 +92,7 @@ class AnalyticPrior:
                 estimate[rows] = sigma / ((alpha * self.image_spread) ** 2 + sigma**2) * x_t[rows]
                 continue
             variance = (alpha * self.spread) ** 2 + sigma**2
-            edits = text if branch == "text" else [lambda image: image]
+            edits = [lambda image: image] if branch == "image" else text[branch]
             mean = self._posterior_mode(x_t[rows], alpha, variance, condition[rows], edits)
             estimate[rows] = sigma / variance * (x_t[rows] - alpha * mean)
         return estimate

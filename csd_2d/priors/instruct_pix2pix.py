@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from csd_2d.csd import Branch
 from csd_2d.priors import DEFAULT_MODEL
+from csd_2d.tiles import in_tiles
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline  # pyright: ignore[reportPrivateImportUsage]
@@ -145,10 +145,6 @@ class InstructPix2PixPrior:
         self.predicts_v = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
         self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.double().cpu()
         self.num_timesteps = len(self.alphas_cumprod)
-        # Tiles of the window's size, whatever sample_size the VAE's config says: at 256 px the model's own 512 px
-        # would be cut up too.
-        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = self.window * self.cell, self.window
-        self.vae.enable_tiling()
 
     @classmethod
     def from_pretrained(
@@ -193,56 +189,38 @@ class InstructPix2PixPrior:
             if network is not self.unet and not torch.is_grad_enabled():
                 network.to("cpu")
 
-    def _tile_padding(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Cells to add at the right and bottom, as `F.pad` takes them.
-
-        diffusers' tiles start every 3/4 window and the last takes what is left, 2 cells perhaps, of which the VAE makes
-        little sense; padded, it is at least as wide as the overlap.
-        """
-        stride = int(self.window * (1 - self.vae.tile_overlap_factor))
-
-        def missing(size: int) -> int:
-            last = (size - 1) % stride + 1
-            return max(self.window - stride - last, 0) if size > self.window else 0
-
-        return (0, missing(width), 0, missing(height))
-
     def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 4 h w"]:
-        """Unscaled mode of the VAE's posterior, bit for bit what diffusers' pipeline feeds to the U-Net.
+        """Unscaled mode of the VAE's posterior: what diffusers' pipeline feeds to the U-Net.
 
         Up to `window` cells a side, that is; larger images are encoded in overlapping tiles.
         """
-        height, width = images.shape[-2] // self.cell, images.shape[-1] // self.cell
-        padding = [self.cell * cells for cells in self._tile_padding(height, width)]
-        pixels = F.pad(2 * images - 1, padding, mode="replicate").to(self.vae.dtype)
+        pixels = (2 * images - 1).to(self.vae.dtype)
         with self._loaded(self.vae):
-            mode = self.vae.encode(pixels).latent_dist.mode()
-        return mode[..., :height, :width].to(torch.promote_types(images.dtype, torch.float32))
+            mode = in_tiles(lambda tile: self.vae.encode(tile).latent_dist.mode(), pixels, self.window, (self.cell, 1))
+        return mode.to(torch.promote_types(images.dtype, torch.float32))
 
     def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 4 h w"]:
         """Mode of the VAE's posterior times its scaling factor. Differentiable with respect to the images."""
         return self.scaling_factor * self.condition(images)
 
     def decode(self, latents: Float[Tensor, "n 4 h w"]) -> Float[Tensor, "n 3 H W"]:
-        height, width = latents.shape[-2:]
-        padded = F.pad(latents / self.scaling_factor, self._tile_padding(height, width), mode="replicate")
+        scaled = (latents / self.scaling_factor).to(self.vae.dtype)
         with self._loaded(self.vae):
-            pixels = self.vae.decode(padded.to(self.vae.dtype)).sample
-        pixels = pixels[..., : self.cell * height, : self.cell * width]
+            pixels = in_tiles(lambda tile: self.vae.decode(tile).sample, scaled, self.window, (1, self.cell))
         return (pixels.to(torch.promote_types(latents.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_text(self, prompt: str) -> Float[Tensor, "2 tokens features"]:
-        """Embeddings of the prompt and of the empty prompt, which is the negative one.
+    def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "prompts+1 tokens features"]:
+        """Embeddings of the prompts and, last, of the empty prompt, which is the negative one.
 
         Raises:
-            ValueError: if the prompt is longer than the text encoder reads.
+            ValueError: if a prompt is longer than the text encoder reads.
         """
         longest = self.tokenizer.model_max_length
-        count, most = len(self.tokenizer.tokenize(prompt)), longest - 2  # a start and an end mark
+        count, most = max(len(self.tokenizer.tokenize(prompt)) for prompt in prompts), longest - 2  # start, end mark
         if count > most:
             raise ValueError(f"the prompt is {count} tokens long, the model reads at most {most}; shorten it.")
-        tokens = self.tokenizer([prompt, ""], padding="max_length", max_length=longest, return_tensors="pt").input_ids
+        tokens = self.tokenizer([*prompts, ""], padding="max_length", max_length=longest, return_tensors="pt").input_ids
         with self._loaded(self.text_encoder):
             return self.text_encoder(tokens.to(self.device))[0]
 
@@ -256,7 +234,7 @@ class InstructPix2PixPrior:
         x_t: Float[Tensor, "b 4 h w"],
         timestep: int,
         condition: Float[Tensor, "b 4 h w"],
-        text: Float[Tensor, "2 tokens features"],
+        text: Float[Tensor, "prompts+1 tokens features"],
         branches: Sequence[Branch],
     ) -> Float[Tensor, "b 4 h w"]:
         """The U-Net's estimate in the dtype of `x_t`, `micro_batch` rows at a time whatever their branches.
@@ -267,7 +245,7 @@ class InstructPix2PixPrior:
         blind = torch.tensor([branch == "uncond" for branch in branches], device=x_t.device)
         image = condition.masked_fill(blind[:, None, None, None], 0)
         inputs = torch.cat([x_t, image], dim=1).to(self.unet.dtype).split(self.micro_batch)
-        prompts = text[[0 if branch == "text" else 1 for branch in branches]].split(self.micro_batch)
+        prompts = text[[branch if isinstance(branch, int) else -1 for branch in branches]].split(self.micro_batch)
         with self._loaded(self.unet):
             outputs = [
                 self.unet(rows, timestep, encoder_hidden_states=prompt).sample

@@ -75,7 +75,7 @@ class Instruction:
 
 def _instructions() -> dict[str, Instruction]:
     # An ambiguous instruction has several answers to learn, and a colour is told from the others by a single word.
-    shares = {"paint it a new color": 3.0, "change the season": 3.0, **{f"paint it {color}": 1.5 for color in HUES}}
+    shares = {"paint it a new color": 4.0, "change the season": 6.0, **{f"paint it {color}": 1.5 for color in HUES}}
     whole = [
         Instruction(name, tuple(_WORDINGS[name]), tuple(edits), shares.get(name, 1.0)) for name, edits in EDITS.items()
     ]
@@ -84,7 +84,7 @@ def _instructions() -> dict[str, Instruction]:
             f"make the {noun} {color}",
             tuple(template.format(noun, color) for template in _OBJECT_PAINTS),
             (recolor(hue),),
-            share=1.0,
+            share=2.5,  # which object is meant is harder to learn than anything else
             object=noun,
         )
         for noun in OBJECTS

@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from csd_2d.errors import one_sentence
-from csd_2d.images import IMAGE_SUFFIXES, read_image, replacing, write_image
+from csd_2d.files import replacing
+from csd_2d.images import IMAGE_SUFFIXES, read_image, write_image
 from csd_2d.tiny import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, MODEL
 from csd_2d.tiny.instructions import INSTRUCTIONS
 from csd_2d.tiny.scenes import OBJECTS, Scenes, held_out

@@ -23,6 +23,11 @@ class Scenes:
     visible: dict[str, Float[Tensor, "n 1 s s"]]
     """For each of `OBJECTS`, how much of each pixel it covers, in [0, 1]."""
 
+    @property
+    def objects(self) -> Float[Tensor, "n 1 s s"]:
+        """How much of each pixel they cover together."""
+        return torch.stack(list(self.visible.values())).sum(0)
+
 
 class _Painter:
     """Draws from one generator and composites layers, back to front, over a batch of canvases.

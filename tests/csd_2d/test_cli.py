@@ -119,7 +119,7 @@ def test_interrupting_writes_nothing(picture, monkeypatch, capsys):
 def test_importing_the_package_and_running_the_analytic_prior_loads_no_heavy_library():
     code = (
         "import sys, torch, csd_2d, csd_2d.cli;"
-        "csd_2d.load_prior('analytic').encode_text('make it night');"
+        "csd_2d.load_prior('analytic').encode_text(['make it night']);"
         "print({m.split('.')[0] for m in sys.modules} & {'diffusers', 'transformers', 'nerfstudio', 'csd_nerf'})"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

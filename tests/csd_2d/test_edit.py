@@ -21,7 +21,7 @@ from csd_2d import (
     load_prior,
     surrogate_loss,
 )
-from csd_2d.edit import batches, preset_names
+from csd_2d.edit import Batches, preset_names
 from csd_2d.images import edit_images
 from csd_2d.particles import window_positions
 from csd_2d.priors.analytic import AnalyticPrior
@@ -56,13 +56,13 @@ def test_residual_equals_the_six_branch_formula_with_fewer_evaluations(guidance_
     x_0, source, noise = torch.randn(3, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
     alpha, sigma = prior.alpha_sigma(400)
     x_t, source_t = add_noise(x_0, noise, alpha, sigma), add_noise(source, noise, alpha, sigma)
-    text = prior.encode_text(AMBIGUOUS)
+    text = prior.encode_text([AMBIGUOUS])
 
     def estimate(x, branch):
         return AnalyticPrior.noise_estimate(prior, x, 400, source, text, [branch, branch])
 
     def guided(x, text_scale):  # eq. 3 as printed
-        uncond, image, full = (estimate(x, branch) for branch in ("uncond", "image", "text"))
+        uncond, image, full = (estimate(x, branch) for branch in ("uncond", "image", 0))
         return uncond + image_guidance_scale * (image - uncond) + text_scale * (full - image)
 
     expected = guided(x_t, guidance_scale) - guided(source_t, 0.0)
@@ -77,10 +77,10 @@ def test_other_baselines(stack):
     prior = AnalyticPrior()
     x = torch.randn(2, 3, 4, 4)
     noise = torch.randn(2, 3, 4, 4)
-    arguments = (prior, x, x, noise, x, 300, prior.encode_text("make it sepia"), 1.0, 1.0)
+    arguments = (prior, x, x, noise, x, 300, prior.encode_text(["make it sepia"]), 1.0, 1.0)
     plain = edit_residual(*arguments, baseline="none")
     torch.testing.assert_close(edit_residual(*arguments, baseline="noise"), plain - noise)
-    torch.testing.assert_close(plain, prior.noise_estimate(x, 300, x, arguments[6], ["text", "text"]))
+    torch.testing.assert_close(plain, prior.noise_estimate(x, 300, x, arguments[6], [0, 0]))
 
 
 def test_guidance_weights_sum_to_one_for_the_target():
@@ -110,8 +110,8 @@ def test_one_particle_is_the_delta_denoising_score(stack):
     timestep = int(torch.randint(20, 501, (), generator=generator))
     alpha, sigma = prior.alpha_sigma(timestep)
     noised = alpha * latents + sigma * torch.randn(latents.shape, generator=generator)
-    text = prior.encode_text("make it night")
-    target = prior.noise_estimate(noised, timestep, latents, text, ["text"])
+    text = prior.encode_text(["make it night"])
+    target = prior.noise_estimate(noised, timestep, latents, text, [0])
     baseline = prior.noise_estimate(noised, timestep, latents, text, ["image"])
     expected = latents - 0.7 * sigma**2 * (target - baseline)
     torch.testing.assert_close(particles.latents.detach(), expected)
@@ -155,11 +155,12 @@ def test_same_seed_same_bits_and_another_seed_differs(stack):
 
 
 def test_batches_draw_every_particle_equally_often_and_never_twice_at_once():
-    drawn = list(itertools.islice(batches(7, 3, torch.Generator().manual_seed(0)), 70))
+    batches = Batches([list(range(7))], 3, torch.Generator().manual_seed(0))
+    drawn = [next(batches) for _ in range(70)]
     assert all(len({*batch}) == 3 for batch in drawn)
     counts = Counter(index for batch in drawn for index in batch)
     assert max(counts.values()) - min(counts.values()) <= 1
-    assert len(next(batches(3, 8, torch.Generator()))) == 3
+    assert len(next(Batches([[0, 1, 2]], 8, torch.Generator()))) == 3
 
 
 def test_in_the_first_phase_all_move_as_one_under_much_noise_in_the_second_a_batch_under_little(stack):
@@ -234,10 +235,10 @@ def test_overlapping_gradients_are_averaged():
 def test_crops_that_fade_move_every_cell_alike(size, stride):
     canvas = torch.zeros(1, 1, *size)
     crops = CanvasCrops(canvas, canvas, window=4, stride=stride)
-    for indices in batches(len(crops), len(crops), torch.Generator().manual_seed(0)):
-        crops.render(indices).sum().backward()
-        break
-    torch.testing.assert_close(crops.canvas.grad, torch.ones(1, 1, *size))
+    for grid in crops.rounds():
+        crops.canvas.grad = None
+        crops.render(grid).sum().backward()
+        torch.testing.assert_close(crops.canvas.grad, torch.ones(1, 1, *size))
 
 
 def test_a_crop_says_most_about_its_middle_and_nothing_is_lost_at_the_canvas_border():

