@@ -24,9 +24,9 @@ class Scenes:
     """For each of `OBJECTS`, how much of each pixel it covers, in [0, 1]."""
 
     @property
-    def objects(self) -> Float[Tensor, "n 1 s s"]:
-        """How much of each pixel they cover together."""
-        return torch.stack(list(self.visible.values())).sum(0)
+    def masks(self) -> Float[Tensor, "n 3 s s"]:
+        """The same in one tensor, in the order of `OBJECTS`."""
+        return torch.cat([self.visible[name] for name in OBJECTS], 1)
 
 
 class _Painter:
