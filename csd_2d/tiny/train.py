@@ -53,7 +53,7 @@ dB from that of 4x4 pixels: too much would be lost before anything is edited."""
 
 OBJECT_WEIGHT = 6.0
 """How much a latent cell of an object counts in the loss; one of the rest counts 1."""
-PROBE_WEIGHT = 0.2
+PROBE_WEIGHT = 1.0
 """Weight of the loss of `ObjectProbe`."""
 
 
