@@ -64,6 +64,8 @@ class EditConfig:
     """Mix the particles' scores by the kernel. Off: every particle follows its own score."""
     kernel_input: Literal["clean", "noisy"] = "clean"
     """Latents the kernel compares: x_0, or x_t as published. Independent noise hides what the images show."""
+    transport: Literal["off", "first", "second", "both"] = "off"
+    """Phases in which scores are moved to where the receiver shows the same thing before they are mixed."""
     noise: NoiseMode = "independent"
     """Noise of the particles in one step."""
     bandwidth_scale_together: float = 1000.0
@@ -102,6 +104,7 @@ class EditConfig:
         for name, choices in (
             ("baseline", get_args(Baseline)),
             ("kernel_input", ("clean", "noisy")),
+            ("transport", ("off", "first", "second", "both")),
             ("noise", get_args(NoiseMode)),
             ("svgd", (True, False)),
             ("normalize_rows", (True, False)),
@@ -296,7 +299,9 @@ class EditRun:
         if config.svgd:
             kernel = RBFKernel(bandwidth_scale=config.bandwidth_scale_together if together else config.bandwidth_scale)
             compared = clean if config.kernel_input == "clean" else x_t
-            direction = svgd_direction(direction, compared, kernel, config.normalize_rows)
+            follow = config.transport in ("both", "first" if together else "second")
+            transport = particles.transport(indices) if follow else None
+            direction = svgd_direction(direction, compared, kernel, config.normalize_rows, transport)
         info = StepInfo(step, timestep, indices, residual.square().mean().sqrt().item())
         return surrogate_loss(x_0, direction, weight=sigma**2), info
 

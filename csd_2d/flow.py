@@ -75,8 +75,9 @@ def _dense_inverse_search(pair: Float[Tensor, "2 3 H W"]) -> Float[Tensor, "2 H 
         ) from error
     rgb = (pair.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     a, b = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in rgb)
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(a, b, None)
-    return torch.from_numpy(np.ascontiguousarray(flow)).permute(2, 0, 1).to(pair)
+    still = np.zeros((*a.shape, 2), np.float32)
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(a, b, still)
+    return torch.from_numpy(np.asarray(flow)).permute(2, 0, 1).to(pair)
 
 
 def warp(values: Float[Tensor, "*n c H W"], flow: Float[Tensor, "*n 2 H W"]) -> Float[Tensor, "*n c H W"]:
