@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from csd_2d.csd import Baseline, add_noise, edit_residual, surrogate_loss, svgd_direction
 from csd_2d.errors import NonFiniteError
 from csd_2d.files import replacing
-from csd_2d.kernels import RBFKernel
+from csd_2d.kernels import RBFKernel, low_pass
 from csd_2d.particles import NoiseMode, Particles
 from csd_2d.priors import Prior
 
@@ -62,8 +62,9 @@ class EditConfig:
     """Subtracted from the guided estimate: CSD-Edit's image-conditional one, SDS's noise, or nothing."""
     svgd: bool = True
     """Mix the particles' scores by the kernel. Off: every particle follows its own score."""
-    kernel_input: Literal["clean", "noisy"] = "clean"
-    """Latents the kernel compares: x_0, or x_t as published. Independent noise hides what the images show."""
+    kernel_input: Literal["clean", "low_pass", "noisy"] = "clean"
+    """Latents the kernel compares: x_0, x_0 without detail (`low_pass`), or x_t as published. Independent noise hides
+    what the images show."""
     transport: Literal["off", "first", "second", "both"] = "off"
     """Phases in which scores are moved to where the receiver shows the same thing before they are mixed."""
     noise: NoiseMode = "independent"
@@ -103,7 +104,7 @@ class EditConfig:
                 raise ValueError(f"{name} must be {whole}from {low} to {high}, got {value}.")
         for name, choices in (
             ("baseline", get_args(Baseline)),
-            ("kernel_input", ("clean", "noisy")),
+            ("kernel_input", ("clean", "low_pass", "noisy")),
             ("transport", ("off", "first", "second", "both")),
             ("noise", get_args(NoiseMode)),
             ("svgd", (True, False)),
@@ -298,7 +299,7 @@ class EditRun:
         direction = -residual
         if config.svgd:
             kernel = RBFKernel(bandwidth_scale=config.bandwidth_scale_together if together else config.bandwidth_scale)
-            compared = clean if config.kernel_input == "clean" else x_t
+            compared = {"clean": clean, "low_pass": low_pass(clean), "noisy": x_t}[config.kernel_input]
             follow = config.transport in ("both", "first" if together else "second")
             transport = particles.transport(indices) if follow else None
             direction = svgd_direction(direction, compared, kernel, config.normalize_rows, transport)

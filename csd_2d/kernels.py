@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,3 +73,17 @@ class RBFKernel:
         h = self.bandwidth_scale * (median_bandwidth(squared) if self.bandwidth is None else self.bandwidth)
         gram = (-squared / h).exp()
         return KernelMatrix(gram, gram * (2 / h))
+
+
+def low_pass(particles: Float[Tensor, "n c h w"], block: int = 4) -> Float[Tensor, "n c h w"]:
+    """Particles whose cells are replaced by the mean of their block, so that a kernel does not look at detail.
+
+    An orthogonal projection Q: the gradient of k(Q x_j, Q x_i) with respect to x_j is the one with respect to Q x_j,
+    and SVGD needs nothing else to be changed.
+
+    Args:
+        block: side of a block, in cells; those at the bottom and right border may be smaller.
+    """
+    height, width = particles.shape[-2:]
+    means = F.avg_pool2d(particles, block, ceil_mode=True, count_include_pad=False)
+    return means.repeat_interleave(block, -2).repeat_interleave(block, -1)[..., :height, :width]

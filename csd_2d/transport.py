@@ -42,11 +42,14 @@ class FrameFlows:
         self._frames, self._cell = frames, cell
         self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
+    def flow(self, a: int, b: int) -> Float[Tensor, "2 H W"]:
+        """From frame a to frame b, in pixels."""
+        return optical_flow(self._frames[a], self._frames[b])
+
     def between(self, a: int, b: int) -> tuple[Float[Tensor, "2 h w"], Float[Tensor, "1 h w"]]:
         """Flow from frame a to frame b in latent cells, and which part of each cell of a is visible in b."""
         if (a, b) not in self._known:
-            forward = optical_flow(self._frames[a], self._frames[b])
-            backward = optical_flow(self._frames[b], self._frames[a])
+            forward, backward = self.flow(a, b), self.flow(b, a)
             self._known[a, b] = self._in_cells(forward, backward)
             self._known[b, a] = self._in_cells(backward, forward)
         return self._known[a, b]
