@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.kernels import Kernel, RBFKernel
+from csd_2d.transport import Transport
 
 if TYPE_CHECKING:
     from csd_2d.priors import Prior
@@ -117,16 +118,22 @@ def svgd_direction(
     particles: Float[Tensor, "n ..."],
     kernel: Kernel | None = None,
     normalize_rows: bool = False,
+    transport: Transport | None = None,
 ) -> Float[Tensor, "n ..."]:
     """Stein variational ascent direction: particles move along +phi.
 
     phi_i = (1/N) sum_j [k(x_j, x_i) s_j + grad_{x_j} k(x_j, x_i)]   (Liu & Wang 2016, eq. 8; CSD eq. 6)
+
+    With a transport T, place p of particle i hears what the others say of the same thing, where they show it: s_j(p)
+    and x_j(p) become T_ji(s_j)(p) and T_ji(x_j)(p), and the terms in which place p is not valid are left out.
 
     Args:
         scores: s_j, one per particle, any trailing shape.
         particles: the x_j the kernel looks at, same first dimension.
         kernel: default `RBFKernel()`, with the median bandwidth.
         normalize_rows: divide row i by sum_j K_ij instead of N, so that equal scores keep their length whatever N is.
+            With a transport by the sum, or the number, of the terms that are valid in each place.
+        transport: see `Transport`; scores and particles are then (n, c, h, w). Default: same pixel, same place.
 
     Returns:
         phi, in the shape and dtype of `scores`. N = 1 returns the score itself.
@@ -150,9 +157,32 @@ def svgd_direction(
     # Half precision overflows in squared distances of a few thousand dimensions.
     dtype = torch.promote_types(scores.dtype, torch.float32)
     x, s = particles.flatten(1).to(dtype), scores.flatten(1).to(dtype)
-    gram, repulsion = (kernel or RBFKernel())(x)
+    gram, slope = (kernel or RBFKernel())(x)
+    if transport is not None:
+        s, x = s.view_as(scores), x.view_as(particles)
+        rows = [_moved_row(s, x, gram[i], slope[i], normalize_rows, transport, i) for i in range(len(s))]
+        return torch.stack(rows).to(scores.dtype)
     norm = gram.sum(1, keepdim=True) if normalize_rows else len(x)
+    repulsion = slope.sum(1, keepdim=True) * x - slope @ x
     return ((gram @ s + repulsion) / norm).view_as(scores).to(scores.dtype)
+
+
+def _moved_row(
+    scores: Float[Tensor, "n c h w"],
+    particles: Float[Tensor, "n c h w"],
+    gram: Float[Tensor, " n"],
+    slope: Float[Tensor, " n"],
+    normalize_rows: bool,
+    transport: Transport,
+    receiver: int,
+) -> Float[Tensor, "c h w"]:
+    """phi of one particle; one at a time, so that memory stays O(N d)."""
+    moved, valid = transport(torch.cat([scores, particles], 1), receiver)
+    s, x = moved.chunk(2, 1)
+    weights = gram[:, None, None, None] * valid
+    repulsion = (slope[:, None, None, None] * valid * (particles[receiver] - x)).sum(0)
+    norm = (weights if normalize_rows else valid).sum(0)
+    return ((weights * s).sum(0) + repulsion) / norm
 
 
 def surrogate_loss(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from csd_2d.csd import Baseline, add_noise, edit_residual, surrogate_loss, svgd_direction
 from csd_2d.errors import NonFiniteError
 from csd_2d.files import replacing
-from csd_2d.kernels import RBFKernel
+from csd_2d.kernels import RBFKernel, low_pass
 from csd_2d.particles import NoiseMode, Particles
 from csd_2d.priors import Prior
 
@@ -62,8 +62,11 @@ class EditConfig:
     """Subtracted from the guided estimate: CSD-Edit's image-conditional one, SDS's noise, or nothing."""
     svgd: bool = True
     """Mix the particles' scores by the kernel. Off: every particle follows its own score."""
-    kernel_input: Literal["clean", "noisy"] = "clean"
-    """Latents the kernel compares: x_0, or x_t as published. Independent noise hides what the images show."""
+    kernel_input: Literal["clean", "low_pass", "noisy"] = "clean"
+    """Latents the kernel compares: x_0, x_0 without detail (`low_pass`), or x_t as published. Independent noise hides
+    what the images show."""
+    transport: Literal["off", "first", "second", "both"] = "off"
+    """Phases in which scores are moved to where the receiver shows the same thing before they are mixed."""
     noise: NoiseMode = "independent"
     """Noise of the particles in one step."""
     bandwidth_scale_together: float = 1000.0
@@ -101,7 +104,8 @@ class EditConfig:
                 raise ValueError(f"{name} must be {whole}from {low} to {high}, got {value}.")
         for name, choices in (
             ("baseline", get_args(Baseline)),
-            ("kernel_input", ("clean", "noisy")),
+            ("kernel_input", ("clean", "low_pass", "noisy")),
+            ("transport", ("off", "first", "second", "both")),
             ("noise", get_args(NoiseMode)),
             ("svgd", (True, False)),
             ("normalize_rows", (True, False)),
@@ -295,8 +299,10 @@ class EditRun:
         direction = -residual
         if config.svgd:
             kernel = RBFKernel(bandwidth_scale=config.bandwidth_scale_together if together else config.bandwidth_scale)
-            compared = clean if config.kernel_input == "clean" else x_t
-            direction = svgd_direction(direction, compared, kernel, config.normalize_rows)
+            compared = {"clean": clean, "low_pass": low_pass(clean), "noisy": x_t}[config.kernel_input]
+            follow = config.transport in ("both", "first" if together else "second")
+            transport = particles.transport(indices) if follow else None
+            direction = svgd_direction(direction, compared, kernel, config.normalize_rows, transport)
         info = StepInfo(step, timestep, indices, residual.square().mean().sqrt().item())
         return surrogate_loss(x_0, direction, weight=sigma**2), info
 

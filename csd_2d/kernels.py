@@ -1,10 +1,11 @@
-"""RKHS kernels over particles: Gram matrix and repulsion in O(N d) memory."""
+"""RKHS kernels over particles: Gram matrix and the strength of the repulsion, in O(N d) memory."""
 
 import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,12 +15,12 @@ class KernelMatrix(NamedTuple):
 
     gram: Float[Tensor, "n n"]
     """K_ij = k(x_j, x_i)."""
-    repulsion: Float[Tensor, "n d"]
-    """Row i is sum_j grad_{x_j} k(x_j, x_i); it points away from the other particles."""
+    slope: Float[Tensor, "n n"]
+    """L_ij with grad_{x_j} k(x_j, x_i) = L_ij (x_i - x_j): positive where particles repel each other."""
 
 
 class Kernel(Protocol):
-    """A positive definite kernel with its gradient."""
+    """A positive definite kernel of the distance between particles, with its gradient."""
 
     def __call__(self, particles: Float[Tensor, "n d"]) -> KernelMatrix: ...
 
@@ -45,12 +46,11 @@ def median_bandwidth(squared_distances: Float[Tensor, "n n"]) -> float:
 class RBFKernel:
     """k(a, b) = exp(-||a - b||^2 / h), the kernel of CSD (arXiv 2307.04787, section 3.1).
 
-    The repulsion has the closed form sum_j grad_{x_j} k(x_j, x_i) = (2 / h) (x_i sum_j K_ij - sum_j K_ij x_j),
-    so that no N x N x d tensor is ever built.
+    Its gradient is grad_{x_j} k(x_j, x_i) = (2 / h) K_ij (x_i - x_j), so that no N x N x d tensor is ever built.
 
     Example:
-        >>> gram, repulsion = RBFKernel(bandwidth=1.0)(torch.tensor([[0.0], [1.0]]))
-        >>> gram[0, 1].item() == torch.tensor(-1.0).exp().item(), bool(repulsion[0] < 0)
+        >>> gram, slope = RBFKernel(bandwidth=1.0)(torch.tensor([[0.0], [1.0]]))
+        >>> bool(gram[0, 1] == torch.tensor(-1.0).exp()), bool(slope[0, 1] == 2 * gram[0, 1])
         (True, True)
     """
 
@@ -67,10 +67,23 @@ class RBFKernel:
 
     def __call__(self, particles: Float[Tensor, "n d"]) -> KernelMatrix:
         if len(particles) == 1:
-            return KernelMatrix(particles.new_ones(1, 1), torch.zeros_like(particles))
+            return KernelMatrix(particles.new_ones(1, 1), particles.new_zeros(1, 1))
         # Not the matrix-product form of cdist: it cancels, and nearly equal frames come out with distance 0.
         squared = torch.cdist(particles, particles, compute_mode="donot_use_mm_for_euclid_dist").square()
         h = self.bandwidth_scale * (median_bandwidth(squared) if self.bandwidth is None else self.bandwidth)
         gram = (-squared / h).exp()
-        repulsion = (gram.sum(1, keepdim=True) * particles - gram @ particles) * (2 / h)
-        return KernelMatrix(gram, repulsion)
+        return KernelMatrix(gram, gram * (2 / h))
+
+
+def low_pass(particles: Float[Tensor, "n c h w"], block: int = 4) -> Float[Tensor, "n c h w"]:
+    """Particles whose cells are replaced by the mean of their block, so that a kernel does not look at detail.
+
+    An orthogonal projection Q: the gradient of k(Q x_j, Q x_i) with respect to x_j is the one with respect to Q x_j,
+    and SVGD needs nothing else to be changed.
+
+    Args:
+        block: side of a block, in cells; those at the bottom and right border may be smaller.
+    """
+    height, width = particles.shape[-2:]
+    means = F.avg_pool2d(particles, block, ceil_mode=True, count_include_pad=False)
+    return means.repeat_interleave(block, -2).repeat_interleave(block, -1)[..., :height, :width]

@@ -1,7 +1,7 @@
 """What is edited, seen as particles: frames or views with latents of their own, or crops of one canvas."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from csd_2d.tiles import fading, window_positions
+from csd_2d.transport import Transport, window_transport
 
 NoiseMode = Literal["independent", "shared", "canvas"]
 """A noise for each particle, one for all particles, or crops of one noise map of the whole canvas."""
@@ -48,6 +49,10 @@ class Particles(Protocol):
         """Standard normal noise for these particles; `generator` lives on the CPU so that devices agree."""
         ...
 
+    def transport(self, indices: Sequence[int]) -> Transport | None:
+        """Where these particles show the same things; None: nothing is known of it."""
+        ...
+
     def parameters(self) -> Iterable[nn.Parameter]: ...
 
 
@@ -83,6 +88,7 @@ class LatentStack:
         start: latents to start from; default: `source`.
         mask: which cells may change; the others stay the source's. Default: all.
         shares: where each of several prompts applies, see `edit_residual`. Default: there is one prompt.
+        transport: see `Particles.transport`. Default: nothing is known of it.
     """
 
     def __init__(
@@ -92,11 +98,13 @@ class LatentStack:
         start: Float[Tensor, "n c h w"] | None = None,
         mask: Bool[Tensor, "n 1 h w"] | None = None,
         shares: Float[Tensor, "n prompts _ _"] | None = None,
+        transport: Callable[[Sequence[int]], Transport] | None = None,
     ) -> None:
         self._source = source.detach().float()
         self._condition = condition.detach()
         self._mask = mask
         self._shares = shares
+        self._transport = transport
         # Master latents stay fp32 whatever the model computes in: fp16 loses updates below 1e-3.
         self.latents = nn.Parameter((source if start is None else start).detach().float().clone())
 
@@ -125,6 +133,9 @@ class LatentStack:
 
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
         return stack_noise(self.latents[list(indices)], mode, generator)
+
+    def transport(self, indices: Sequence[int]) -> Transport | None:
+        return None if self._transport is None else self._transport(indices)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return [self.latents]
@@ -263,6 +274,9 @@ class CanvasCrops:
             return self._crops(_standard_normal(self.canvas.shape, generator, self.canvas), indices)
         shape = (1 if mode == "shared" else len(indices), self.canvas.shape[1], self.window, self.window)
         return _standard_normal(shape, generator, self.canvas).expand(len(indices), -1, -1, -1)
+
+    def transport(self, indices: Sequence[int]) -> Transport | None:
+        return window_transport([self.corners[i] for i in indices], self.canvas.shape[-1] if self._wrap else None)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return [self.canvas]

@@ -65,6 +65,9 @@ class SceneParticles:
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
         return stack_noise(self.source(indices), mode, generator)
 
+    def transport(self, indices: Sequence[int]) -> None:
+        return None
+
     def parameters(self) -> Iterable[nn.Parameter]:
         return self._parameters
 

@@ -1,0 +1,142 @@
+"""Scores that are moved to corresponding places before they are mixed."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from csd_2d import CanvasCrops, EditConfig, LatentStack, RBFKernel, edit, svgd_direction
+from csd_2d.flow import warp
+from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.transport import FrameFlows, window_transport
+
+
+class Tables:
+    """A transport from tables: where each cell of the receiver is in the sender, and whether it is seen there."""
+
+    def __init__(self, n: int, height: int, width: int, generator: torch.Generator) -> None:
+        self.cells = torch.randint(height * width, (n, n, height * width), generator=generator)
+        self.seen = torch.rand(n, n, height * width, generator=generator) > 0.3
+        everyone = torch.arange(n)
+        self.cells[everyone, everyone], self.seen[everyone, everyone] = torch.arange(height * width), True
+
+    def __call__(self, values, receiver):
+        rows = values.flatten(2)
+        moved = rows.gather(2, self.cells[receiver, :, None].expand_as(rows)).view_as(values)
+        return moved, self.seen[receiver].view(len(values), 1, *values.shape[-2:]).to(values)
+
+
+def slow_direction(scores, x, h, transport, normalize_rows):
+    """Place by place and pair by pair."""
+    n, channels, height, width = x.shape
+    phi = torch.zeros_like(x)
+    for i, c, p in product(range(n), range(channels), range(height * width)):
+        total, norm = 0.0, 0.0
+        for j in range(n):
+            if not transport.seen[i, j, p]:
+                continue
+            k = math.exp(-float((x[i] - x[j]).square().sum()) / h)
+            place = divmod(int(transport.cells[i, j, p]), width)
+            here = divmod(p, width)
+            total += k * float(scores[j, c][place]) + 2 / h * k * float(x[i, c][here] - x[j, c][place])
+            norm += k if normalize_rows else 1
+        phi[i, c][divmod(p, width)] = total / norm
+    return phi
+
+
+@pytest.mark.parametrize("normalize_rows", [True, False])
+def test_direction_is_the_slow_loop(normalize_rows):
+    generator = torch.Generator().manual_seed(0)
+    x, s = torch.randn(2, 4, 2, 3, 5, generator=generator, dtype=torch.float64)
+    transport = Tables(4, 3, 5, generator)
+    phi = svgd_direction(s, x, RBFKernel(30.0), normalize_rows, transport)
+    torch.testing.assert_close(phi, slow_direction(s, x, 30.0, transport, normalize_rows), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize_rows", [True, False])
+def test_where_nothing_moves_it_is_the_ordinary_direction(normalize_rows):
+    x, s = torch.randn(2, 5, 3, 4, 6, dtype=torch.float64)
+    still = window_transport([(2, 3)] * 5)
+    ordinary = svgd_direction(s, x, None, normalize_rows)
+    torch.testing.assert_close(svgd_direction(s, x, None, normalize_rows, still), ordinary, rtol=1e-12, atol=1e-12)
+
+
+def test_one_particle_keeps_its_score():
+    s = torch.randn(1, 3, 4, 4)
+    assert torch.equal(svgd_direction(s, torch.randn(1, 3, 4, 4), transport=window_transport([(0, 0)])), s)
+
+
+def test_windows_hear_what_the_others_say_of_the_same_cell():
+    """Scores that are crops of one map stay what they are; without transport they are mixed into something else."""
+    canvas = torch.randn(3, 9, 20, dtype=torch.float64)
+    corners = [(0, 0), (1, 4), (1, 9), (0, 14)]
+    scores = torch.stack([canvas[:, y : y + 8, x : x + 6] for y, x in corners])
+    still = torch.zeros_like(scores)
+    followed = svgd_direction(scores, still, normalize_rows=True, transport=window_transport(corners))
+    torch.testing.assert_close(followed, scores)
+    assert (svgd_direction(scores, still, normalize_rows=True) - scores).abs().mean() > 0.5
+
+
+def test_windows_overlap_across_the_borders_of_a_circle():
+    canvas = torch.arange(10.0).expand(1, 1, 4, 10)
+    crops = CanvasCrops(canvas, canvas, window=4, stride=3, wrap=True, fade=False)
+    indices = range(len(crops))
+    values = crops.source(indices)
+    transport = crops.transport(indices)
+    assert transport is not None
+    for receiver in indices:
+        moved, valid = transport(values, receiver)
+        shared = {x: {(x + k) % 10 for k in range(4)} for _, x in crops.corners}
+        for sender in indices:
+            common = shared[crops.corners[receiver][1]] & shared[crops.corners[sender][1]]
+            assert valid[sender].sum() == 4 * len(common)
+            assert torch.equal(moved[sender] * valid[sender], values[receiver] * valid[sender])
+    assert transport(values, 0)[1][-1].any()  # the last window reaches over the border to the first
+
+
+def moving_frames(count: int, step: int, size: int = 48, cell: int = 1):
+    """A smooth random texture that moves to the left by `step` cells a frame."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, size // 4, (size + count * step) // 4, generator=generator)
+    wide = torch.nn.functional.interpolate(
+        coarse, (size * cell, (size + count * step) * cell), mode="bicubic", align_corners=False
+    )[0].clamp(0, 1)
+    return [wide[:, :, k * step * cell : (k * step + size) * cell] for k in range(count)]
+
+
+@pytest.mark.parametrize("cell", [1, 4])
+def test_frames_follow_a_known_shift_in_latent_cells(cell):
+    flows = FrameFlows(moving_frames(3, 2, cell=cell), cell)
+    flow, valid = flows.between(0, 2)
+    assert flow.shape == (2, 48, 48)
+    inner = flow[:, 6:-6, 8:-6].flatten(1)
+    torch.testing.assert_close(inner.median(1).values, torch.tensor([-4.0, 0.0]), atol=0.3, rtol=0)
+    assert valid[0, 6:-6, 8:-6].mean() > 0.95
+    assert valid[0, :, :3].mean() < 0.1  # what leaves the picture on the left
+
+    values = torch.zeros(2, 1, 48, 48)
+    values[0, :, 20:24, 20:24] = 1
+    moved, valid = flows.transport([0, 1])(values, 1)
+    assert torch.equal(moved[1], values[1]) and valid[1].all()
+    row, column = divmod(int(moved[0, 0].mul(100).round().argmax()), 48)
+    assert (20 <= row < 24) and (18 <= column < 22)  # two cells to the left of where it was
+    assert moved[0, 0, 21:23, 19:21].min() > 0.8
+
+
+def test_an_edit_follows_content():
+    """Scores that say the same of the same thing leave a moving picture consistent; mixed in place they blur it."""
+    frames = torch.stack(moving_frames(4, 3))
+    flows = FrameFlows(list(frames), 1)
+    latents = AnalyticPrior().encode(frames)
+
+    def flicker(transport: str) -> float:
+        particles = LatentStack(latents, latents, transport=flows.transport)
+        config = EditConfig(steps=15, together=1, transport=transport)
+        edit(particles, AnalyticPrior(), "invert the colors", config)
+        edited = particles.latents.detach()
+        flow, valid = flows.between(0, 3)
+        return float(((warp(edited[3], flow) - edited[0]).square() * valid).mean())
+
+    assert flicker("both") < 0.3 * flicker("off")
+    assert flicker("second") == flicker("off")  # there is no second phase
