@@ -8,10 +8,11 @@ import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from csd_2d.edit import Batches, EditConfig
+from csd_2d.edit import EditConfig
 from csd_2d.images import edit_images, write_image
 from csd_2d.priors import Prior
 from csd_nerf.scene import TrainingViews
+from csd_nerf.selection import Selection, ViewRounds
 
 
 class DatasetUpdate:
@@ -22,7 +23,7 @@ class DatasetUpdate:
 
     Args:
         load_prior: called at the first round, so that rendering a scene never loads a diffusion model.
-        views_per_round: 0 takes all views.
+        views_per_round, selection: see `ViewRounds`.
         rounds: how many there will be, for the progress report.
         folder: where edited images are written, one PNG a view.
         seed: of the draw and of each round's edit.
@@ -36,6 +37,7 @@ class DatasetUpdate:
         prompt: str,
         edit: EditConfig,
         views_per_round: int,
+        selection: Selection,
         rounds: int,
         folder: Path,
         seed: int,
@@ -46,7 +48,8 @@ class DatasetUpdate:
         self._prior: Prior | None = None
         self._prompt = prompt
         self._edit = edit
-        self._drawn = Batches([list(range(len(views)))], views_per_round, torch.Generator().manual_seed(seed))
+        dice = torch.Generator().manual_seed(seed)
+        self._drawn = ViewRounds(views.positions(), views_per_round, selection, dice)
         self._rounds = rounds
         self._folder = folder
         self._seed = seed

@@ -19,6 +19,7 @@ from csd_nerf.dataset_update import DatasetUpdate
 from csd_nerf.distill import Distillation
 from csd_nerf.masks import Box, Sphere, masks_from_folder, masks_of_solid
 from csd_nerf.scene import TrainingViews
+from csd_nerf.selection import Selection
 from csd_nerf.source_run import check_fits
 
 
@@ -51,6 +52,9 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     the published algorithm), or a .yaml file."""
     views_per_round: int = 16
     """Training views edited together in one round (paper: 16); 0 takes all of them. Dataset update only."""
+    view_selection: Selection = "random"
+    """How the views of a round are drawn: at random (paper), spread evenly over the cameras' positions, or near each
+    other. Each gets its turn before any is drawn again."""
     steps_per_round: int = 2000
     """NeRF steps from one round to the next (paper: 2000). Dataset update only."""
 
@@ -135,6 +139,7 @@ class CsdEditPipeline(VanillaPipeline):
             config.prompt,
             config.edit,
             config.views_per_round,
+            config.view_selection,
             rounds=-(-trainer.config.max_num_iterations // config.steps_per_round),
             folder=trainer.base_dir / "edited",
             seed=trainer.config.machine.seed + config.edit.seed,

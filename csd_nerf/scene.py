@@ -54,6 +54,10 @@ class TrainingViews:
         """Image file of a view."""
         return self._dataset.image_filenames[index]
 
+    def positions(self) -> Float[Tensor, "n 3"]:
+        """Where the cameras stand, in the scene's units."""
+        return self._cameras.camera_to_worlds[..., 3].cpu()
+
     def original(self, index: int) -> Float[Tensor, "3 H W"]:
         """The image as it was before any edit; transparency is put on the background the model renders."""
         image = self._dataset[index]["image"]

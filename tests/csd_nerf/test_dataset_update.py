@@ -23,6 +23,9 @@ class FakeViews:
     def __len__(self) -> int:
         return NUM_VIEWS
 
+    def positions(self) -> torch.Tensor:
+        return torch.arange(NUM_VIEWS)[:, None].expand(-1, 3).float()
+
     def filename(self, index: int) -> Path:
         return Path(f"cam{index}/frame.png")  # one name in several folders
 
@@ -38,7 +41,7 @@ class FakeViews:
 
 def make(views: FakeViews, folder: Path, views_per_round: int = 3, seed: int = 1, load=lambda: load_prior("analytic")):
     edit = EditConfig(steps=30)
-    return DatasetUpdate(views, load, "make it night", edit, views_per_round, 4, folder, seed)  # type: ignore[arg-type]
+    return DatasetUpdate(views, load, "make it night", edit, views_per_round, "random", 4, folder, seed)  # type: ignore[arg-type]
 
 
 def test_every_view_has_its_turn_before_any_repeats(tmp_path):

@@ -1,0 +1,54 @@
+"""Which training views are edited together in a round."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Selection = Literal["random", "spread", "near"]
+
+
+class ViewRounds:
+    """Batches of views without end; every view gets its turn before any is drawn again.
+
+    Args:
+        positions: where the cameras stand.
+        size: views in a batch; 0 takes all.
+        selection: `random` (the paper's, arXiv 2307.04787, D.3), `spread`: each batch is spread over the cameras'
+            positions as evenly as can be, `near`: a batch is a view and its nearest neighbours.
+        generator: what is random is drawn from it.
+
+    Example:
+        >>> line = torch.arange(6.0)[:, None] * torch.tensor([[1.0, 0.0, 0.0]])
+        >>> a, b = next(ViewRounds(line, 2, "near", torch.Generator().manual_seed(0)))
+        >>> abs(a - b)
+        1
+    """
+
+    def __init__(
+        self, positions: Float[Tensor, "n 3"], size: int, selection: Selection, generator: torch.Generator
+    ) -> None:
+        self._distances = torch.cdist(positions.double(), positions.double())
+        self._size = min(size or len(positions), len(positions))
+        self._selection, self._generator = selection, generator
+        self.waiting: list[int] = []
+        """Views still to come before any comes again."""
+
+    def __next__(self) -> list[int]:
+        batch: list[int] = []
+        while len(batch) < self._size:
+            if not self.waiting:
+                self.waiting = list(range(len(self._distances)))
+            batch.append(self._pick([view for view in self.waiting if view not in batch], batch))
+            self.waiting.remove(batch[-1])
+        return batch
+
+    def _pick(self, candidates: list[int], batch: list[int]) -> int:
+        """The next view of a batch."""
+        if not batch or self._selection == "random":
+            return candidates[int(torch.randint(len(candidates), (), generator=self._generator))]
+        to_batch = self._distances[candidates][:, batch]
+        if self._selection == "near":
+            return candidates[int(to_batch[:, 0].argmin())]
+        return candidates[int(to_batch.min(1).values.argmax())]
