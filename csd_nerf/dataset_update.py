@@ -14,6 +14,9 @@ from csd_2d.priors import Prior
 from csd_nerf.scene import TrainingViews
 from csd_nerf.selection import Selection, ViewRounds
 
+SMALLEST_CHANGE = 0.01
+"""Mean change of the first round's views, of RGB in [0, 1], under which a warning says so."""
+
 
 class DatasetUpdate:
     """Draws views, renders them, edits them together and puts the result in place of their training images.
@@ -71,17 +74,31 @@ class DatasetUpdate:
         drawn = next(self._drawn)
         label = f"round {number + 1} of {self._rounds}"
         CONSOLE.print(f"{label}: {len(drawn)} views")
+        start = [self._views.render(index) for index in drawn]
         edited = edit_images(
             [self._views.original(index) for index in drawn],
             self._prior,
             self._prompt,
             dataclasses.replace(self._edit, seed=self._seed * 10_000 + number),
-            start=[self._views.render(index) for index in drawn],
+            start=start,
             masks=None if self._masks is None else [self._masks[index] for index in drawn],
             progress=label,
         )
+        if number == 0:
+            self._warn_of_no_change(start, edited)
         for index, image in zip(drawn, edited, strict=True):
             self._views.supervise(index, image)
             # Two folders of a data set may hold files of the same name.
             write_image(image, self._folder / f"{index:04d}_{self._views.filename(index).stem}.png")
         return drawn
+
+    def _warn_of_no_change(self, before: list[Tensor], after: list[Tensor]) -> None:
+        """An edit that does nothing would train for hours and look like a bug of the renderer."""
+        changes = [(new - old).abs().mean().item() for old, new in zip(before, after, strict=True)]
+        change = sum(changes) / len(changes)
+        if change < SMALLEST_CHANGE:
+            CONSOLE.print(
+                f"[yellow]The first round changed the views by {255 * change:.1f} of 255 grey levels on average. Does "
+                f"the prompt '{self._prompt}' ask for something the model can do? A higher "
+                "--pipeline.edit.guidance-scale or more --pipeline.edit.steps make it stronger."
+            )

@@ -96,3 +96,13 @@ def test_prior_is_loaded_at_the_first_round_and_once(tmp_path):
     update.run_round(0)
     update.run_round(1)
     assert loaded == [1]
+
+
+@pytest.mark.parametrize(("lr", "warned"), [(1e-6, True), (1.0, False)])
+def test_an_edit_that_does_nothing_is_said_once(tmp_path, capsys, lr, warned):
+    update = make(FakeViews(), tmp_path)
+    update._edit = EditConfig(steps=30, lr=lr)
+    update.run_round(0)
+    assert ("changed the views by" in capsys.readouterr().out) == warned
+    update.run_round(1)
+    assert "changed the views by" not in capsys.readouterr().out
