@@ -1,0 +1,138 @@
+"""Where a pixel of one image is found in another: optical flow, warping, visibility."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+SMALLEST = 128
+"""Shortest side, in pixels, that flow is estimated at: what RAFT needs, and patches of 8 px (DIS) can move in."""
+
+
+@torch.no_grad()
+def optical_flow(a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> Float[Tensor, "2 H W"]:
+    """How far each pixel of `a` has moved in `b`, in pixels: (dx, dy), right and down.
+
+    RAFT (Teed & Deng, arXiv 2003.12039), where torchvision's weights lie in torch.hub's cache; nothing is downloaded.
+    Elsewhere dense inverse search (Kroeger et al., arXiv 1603.03590), from OpenCV. Small images are enlarged first.
+
+    Args:
+        a, b: RGB in [0, 1], of one size.
+
+    Raises:
+        ValueError: if the sizes differ.
+        ImportError: without RAFT's weights and OpenCV.
+
+    Example:
+        >>> a = torch.rand(3, 12, 16, generator=torch.Generator().manual_seed(0))
+        >>> a = F.interpolate(a[None], (96, 128), mode="bicubic")[0].clamp(0, 1)
+        >>> flow = optical_flow(a, a.roll(3, dims=-1))
+        >>> [round(value) for value in flow.flatten(1).median(1).values.tolist()]
+        [3, 0]
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"flow needs two images of one size, got {tuple(a.shape)} and {tuple(b.shape)}.")
+    height, width = a.shape[-2:]
+    shortest = min(height, width)
+    enlarged = (side * max(SMALLEST, shortest) // shortest for side in (height, width))
+    size = [-(-side // 8) * 8 for side in enlarged]  # RAFT takes multiples of 8 px
+    pair = F.interpolate(torch.stack([a, b]), size, mode="bilinear", antialias=True)
+    model = _raft(str(a.device))
+    flow = _dense_inverse_search(pair) if model is None else model(*(2 * pair - 1)[:, None])[-1][0]
+    flow = F.interpolate(flow[None], (height, width), mode="bilinear", antialias=True)[0]
+    return flow * flow.new_tensor([width / size[1], height / size[0]])[:, None, None]
+
+
+@cache
+def _raft(device: str) -> nn.Module | None:
+    """Torchvision's RAFT, the large one before the small; None if the weights of neither are here."""
+    try:
+        from torchvision.models import optical_flow as models
+    except ImportError:
+        return None
+    for build, weights in (
+        (models.raft_large, models.Raft_Large_Weights.DEFAULT),
+        (models.raft_small, models.Raft_Small_Weights.DEFAULT),
+    ):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        if path.is_file():
+            model = build()
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            return model.to(device).eval().requires_grad_(False)
+    return None
+
+
+def _dense_inverse_search(pair: Float[Tensor, "2 3 H W"]) -> Float[Tensor, "2 H W"]:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(
+            'optical flow needs OpenCV where RAFT\'s weights are not cached: pip install "csd-edit[flow]".'
+        ) from error
+    rgb = (pair.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    a, b = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in rgb)
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(a, b, None)
+    return torch.from_numpy(np.ascontiguousarray(flow)).permute(2, 0, 1).to(pair)
+
+
+def warp(values: Float[Tensor, "*n c H W"], flow: Float[Tensor, "*n 2 H W"]) -> Float[Tensor, "*n c H W"]:
+    """Values of an image b at the pixels of an image a: out(p) = values(p + flow(p)).
+
+    Bilinear; beyond the border the border's values are repeated.
+
+    Args:
+        values: anything that lies on b's pixels.
+        flow: from a to b, see `optical_flow`.
+
+    Example:
+        >>> flow = torch.stack([torch.ones(1, 3), torch.zeros(1, 3)])
+        >>> warp(torch.tensor([[[1.0, 2.0, 3.0]]]), flow)
+        tensor([[[2., 3., 3.]]])
+    """
+    height, width = flow.shape[-2:]
+    x, y = _landing(flow).unbind(-3)
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
+    sampled = F.grid_sample(
+        values.reshape(-1, *values.shape[-3:]),
+        grid.reshape(-1, height, width, 2),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    return sampled.view(values.shape)
+
+
+def _landing(flow: Float[Tensor, "*n 2 H W"]) -> Float[Tensor, "*n 2 H W"]:
+    """p + flow(p), as (x, y) in pixels, 0 in the middle of the first."""
+    height, width = flow.shape[-2:]
+    y, x = torch.meshgrid(
+        torch.arange(height, device=flow.device), torch.arange(width, device=flow.device), indexing="ij"
+    )
+    return flow + torch.stack([x, y])
+
+
+def visible(forward: Float[Tensor, "*n 2 H W"], backward: Float[Tensor, "*n 2 H W"]) -> Float[Tensor, "*n 1 H W"]:
+    """1 where a pixel of a is seen in b too, 0 where it is hidden there or has left the picture.
+
+    Seen is what the flow back brings home: |f(p) + g(p + f(p))|^2 < 0.01 (|f|^2 + |g|^2) + 0.5
+    (Sundaram, Brox & Keutzer, ECCV 2010, section 3.2).
+
+    Args:
+        forward, backward: flow f from a to b, and g from b to a, in pixels.
+
+    Example:
+        >>> right = torch.stack([torch.full((1, 4), 2.0), torch.zeros(1, 4)])
+        >>> visible(right, -right).tolist()
+        [[[1.0, 1.0, 0.0, 0.0]]]
+    """
+    height, width = forward.shape[-2:]
+    x, y = _landing(forward).unbind(-3)
+    inside = (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
+    returned = warp(backward, forward)
+    gap = (forward + returned).square().sum(-3)
+    length = forward.square().sum(-3) + returned.square().sum(-3)
+    return (inside & (gap < 0.01 * length + 0.5)).unsqueeze(-3).to(forward)
