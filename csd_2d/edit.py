@@ -3,13 +3,14 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import yaml
 from jaxtyping import Float
@@ -26,6 +27,9 @@ from csd_2d.priors import Prior
 
 JOINT_PARTICLES = 256
 """Most particles that move as one: what is mixed at once is held in memory at once."""
+MIXED_NUMBERS = 2**22
+"""Most latent numbers that are mixed at once: of 256 particles of 512 px in Stable Diffusion. What a step draws beyond
+that moves in groups."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,13 @@ class StepInfo:
     residual_norm: float
     """Root mean square of the edit residual over the step's particles."""
 
+    @classmethod
+    def of_groups(cls, infos: Sequence["StepInfo"]) -> "StepInfo":
+        """Of a step whose particles moved in groups."""
+        indices = [index for info in infos for index in info.indices]
+        square = sum(info.residual_norm**2 * len(info.indices) for info in infos) / len(indices)
+        return cls(infos[0].step, infos[0].timestep, indices, square**0.5)
+
 
 Prompt = str | Sequence[str]
 """One instruction, or several, of which the particles say where each applies (`Particles.shares`)."""
@@ -262,12 +273,32 @@ class EditRun:
         Steps are to be asked for in order, 0 .. config.steps - 1: the phase depends on them, and what is random is
         drawn on the way.
         """
-        particles, prior, config = self.particles, self.prior, self.config
-        together = step < config.together * config.steps
+        return self._loss(step, *self._draw(step))
+
+    def losses(self, step: int) -> Iterator[tuple[Float[Tensor, ""], StepInfo]]:
+        """`loss`, of groups that fit the memory: each is to be stepped along before the next is asked for."""
+        indices, timestep = self._draw(step)
+        for group in np.array_split(indices, -(-len(indices) // self._fitting(indices, MIXED_NUMBERS))):
+            yield self._loss(step, group.tolist(), timestep)
+
+    def _fitting(self, indices: Sequence[int], numbers: int) -> int:
+        """How many of some particles have no more latent numbers than that; at least one."""
+        return max(1, numbers // self.particles.source(indices[:1]).numel())
+
+    def _together(self, step: int) -> bool:
+        return step < self.config.together * self.config.steps
+
+    def _draw(self, step: int) -> tuple[list[int], int]:
+        """Who takes part in a step, and its timestep."""
+        config, together = self.config, self._together(step)
         indices = next(self._drawn[together])
         span = (config.turn_timestep, config.max_timestep) if together else (config.min_timestep, config.turn_timestep)
-        lowest, highest = (round(share * (prior.num_timesteps - 1)) for share in span)
-        timestep = int(torch.randint(lowest, highest + 1, (), generator=self._generator))
+        lowest, highest = (round(share * (self.prior.num_timesteps - 1)) for share in span)
+        return indices, int(torch.randint(lowest, highest + 1, (), generator=self._generator))
+
+    def _loss(self, step: int, indices: list[int], timestep: int) -> tuple[Float[Tensor, ""], StepInfo]:
+        particles, prior, config = self.particles, self.prior, self.config
+        together = self._together(step)
         alpha, sigma = prior.alpha_sigma(timestep)
 
         x_0 = particles.render(indices)
@@ -277,7 +308,8 @@ class EditRun:
         source_t = add_noise(particles.source(indices), noise, alpha, sigma)
         stacks = [x_t, source_t, noise, particles.condition(indices)]
         shares = particles.shares(indices)
-        size = self._batch or len(indices)  # moving as one takes no more memory in the prior than any other
+        # Moving as one takes no more memory in the prior than any other step.
+        size = min(self._batch or len(indices), self._fitting(indices, MIXED_NUMBERS // 4))
         residual = torch.cat(
             [
                 edit_residual(
@@ -320,7 +352,7 @@ class _ProgressFile:
         if not self.path.exists():
             return 0
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             if state["edit"] != self._edit:
                 raise ValueError(
                     f"{self.path} is of an edit with another prompt, other settings or other images; give what was "
@@ -384,17 +416,21 @@ def edit(
     steps = range(0 if progress_file is None else progress_file.load(), config.steps)
     bar = tqdm(steps, desc=progress, disable=progress is None, unit="step", initial=steps.start, total=steps.stop)
     for step in bar:
-        loss, info = run.loss(step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        infos: list[StepInfo] = []
+        for loss, info in run.losses(step):
+            loss.backward()
+            optimizer.step()
+            # What was not drawn has no gradient and is what it was.
+            if not all(bool(p.isfinite().all()) for p in particles.parameters() if p.grad is not None):
+                raise NonFiniteError(
+                    f"latents are not finite after step {step + 1} of {config.steps} (timestep {info.timestep}); lower "
+                    f"lr (now {config.lr}) or the guidance scales (now "
+                    f"{' and '.join(map(str, run.guidance.values()))})."
+                )
+            optimizer.zero_grad()
+            infos.append(info)
         scheduler.step()
-        if not all(bool(p.isfinite().all()) for p in particles.parameters()):
-            raise NonFiniteError(
-                f"latents are not finite after step {step + 1} of {config.steps} (timestep {info.timestep}); lower "
-                f"lr (now {config.lr}) or the guidance scales (now "
-                f"{' and '.join(map(str, run.guidance.values()))})."
-            )
+        info = StepInfo.of_groups(infos)
         if progress_file is not None:
             progress_file.step_done(step)
         if on_step is not None and on_step(info):
