@@ -27,9 +27,9 @@ from csd_2d.priors import Prior
 
 JOINT_PARTICLES = 256
 """Most particles that move as one: what is mixed at once is held in memory at once."""
-MIXED_NUMBERS = 2**22
-"""Most latent numbers that are mixed at once: of 256 particles of 512 px in Stable Diffusion. What a step draws beyond
-that moves in groups."""
+MIXED_NUMBERS = 2**24
+"""Most latent numbers that are mixed at once, 64 MiB: as many as 1,024 particles of 512 px have in Stable Diffusion.
+What a step draws beyond that moves in groups, which agree less than particles that move as one."""
 
 
 @dataclass(frozen=True)
@@ -304,30 +304,37 @@ class EditRun:
         x_0 = particles.render(indices)
         clean = x_0.detach()
         noise = particles.noise(indices, config.noise, self._generator)
-        x_t = add_noise(clean, noise, alpha, sigma)
-        source_t = add_noise(particles.source(indices), noise, alpha, sigma)
-        stacks = [x_t, source_t, noise, particles.condition(indices)]
         shares = particles.shares(indices)
         # Moving as one takes no more memory in the prior than any other step.
-        size = min(self._batch or len(indices), self._fitting(indices, MIXED_NUMBERS // 4))
-        residual = torch.cat(
-            [
+        size = min(self._batch or len(indices), self._fitting(indices, MIXED_NUMBERS // 16))
+        residuals: list[Tensor] = []
+        noisy: list[Tensor] = []
+        for rows in torch.arange(len(indices)).split(size):
+            drawn = [indices[row] for row in rows.tolist()]
+            x_t = add_noise(clean[rows], noise[rows], alpha, sigma)
+            source_t = add_noise(particles.source(drawn), noise[rows], alpha, sigma)
+            residuals.append(
                 edit_residual(
                     prior,
-                    *(stack[rows] for stack in stacks),
+                    x_t,
+                    source_t,
+                    noise[rows],
+                    particles.condition(drawn),
                     timestep=timestep,
                     text=self._text,
                     **self.guidance,
                     baseline=config.baseline,
                     shares=None if shares is None else shares[rows],
                 )
-                for rows in torch.arange(len(indices)).split(size)
-            ]
-        )
+            )
+            if config.kernel_input == "noisy":
+                noisy.append(x_t)
+        residual = torch.cat(residuals)
+        del noise, residuals  # before the kernel needs as much again
         direction = -residual
         if config.svgd:
             kernel = RBFKernel(bandwidth_scale=config.bandwidth_scale_together if together else config.bandwidth_scale)
-            compared = clean if config.kernel_input == "clean" else x_t
+            compared = torch.cat(noisy) if noisy else clean
             direction = svgd_direction(direction, compared, kernel, config.normalize_rows)
         info = StepInfo(step, timestep, indices, residual.square().mean().sqrt().item())
         return surrogate_loss(x_0, direction, weight=sigma**2), info

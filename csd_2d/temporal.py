@@ -25,7 +25,7 @@ def key_indices(count: int, every: int) -> list[int]:
 
 
 class _Key(NamedTuple):
-    index: int
+    at: int
     source: Image
     change: Image
 
@@ -51,14 +51,14 @@ def propagate(
     anchors = (_Key(index, source.to(device), (image - source).to(device)) for index, source, image in pairs)
     before = after = next(anchors)
     for index, frame in enumerate(frames):
-        if index > after.index:
+        if index > after.at:
             before, after = after, next(anchors)
-        change = after.change if index == after.index else _change_between(index, frame.to(device), before, after)
+        change = after.change if index == after.at else _change_between(index, frame.to(device), before, after)
         yield (frame + change.cpu()).clamp(0, 1)
 
 
 def _change_between(index: int, frame: Image, before: _Key, after: _Key) -> Image:
-    share = (index - before.index) / (after.index - before.index)
+    share = (index - before.at) / (after.at - before.at)
     total, weights = torch.zeros_like(frame), torch.zeros_like(frame[:1])
     for key, nearness in ((before, 1 - share), (after, share)):
         flow = optical_flow(frame, key.source)

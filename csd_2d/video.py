@@ -260,14 +260,13 @@ def _decode(path: Path, start: float, end: float | None) -> Iterator[tuple[Fract
             stream.thread_type = "AUTO"
             between = 1 / (stream.average_rate or Clip.rate)
             origin, base = stream.start_time or 0, stream.time_base
-            timed = (
-                base is not None and container.format.name != "avi"
-            )  # in AVI only the order of frames is to be trusted
-            if timed and start > 0:
+            if container.format.name == "avi":  # which knows the order of frames only
+                base = None
+            if base is not None and start > 0:
                 container.seek(origin + int(start / base), stream=stream)
             time = -between
             for frame in container.decode(stream):
-                time = (frame.pts - origin) * base if timed and frame.pts is not None else time + between
+                time = time + between if base is None or frame.pts is None else (frame.pts - origin) * base
                 if end is not None and time >= end:
                     break
                 if start == 0 or time >= start:
@@ -371,7 +370,7 @@ def _picture(container: OutputContainer, clip: Clip, frames: Iterable[Tensor]) -
             yield from stream.encode(image)
         yield from stream.encode()
 
-    return ((packet.dts * packet.time_base, packet) for packet in packets())
+    return (((packet.dts or 0) * base, packet) for packet in packets())
 
 
 def _copied_sound(container: OutputContainer, sound: Sound) -> _TimedPackets:
@@ -388,7 +387,7 @@ def _copied_sound(container: OutputContainer, sound: Sound) -> _TimedPackets:
             if shift > 0:
                 source.seek(shift, stream=stream)
             for packet in source.demux(stream):
-                if packet.dts is None or packet.pts is None or packet.pts + (packet.duration or 0) <= shift:
+                if packet.dts is None or packet.pts is None or packet.pts + (packet.duration or 0) < shift:
                     continue
                 if sound.end is not None and packet.pts * base >= sound.end:
                     break
