@@ -195,8 +195,23 @@ class Video:
             scratch=scratch,
         )
         write_clip(edited, self.output, progress="writing")
-        _print_flicker(clip, read_clip(self.output))
+        self._print_flicker(clip, read_clip(self.output))
         return f"{self.output} ({len(edited.frames)} frames)"
+
+    def _print_flicker(self, source: "Clip", edited: "Clip") -> None:
+        from csd_2d.temporal import flicker
+
+        if len(source.frames) < 2 or len({*source.sizes}) > 1:
+            return
+        try:
+            before, after = flicker(source.frames, edited.frames, len(source.frames))
+        except ImportError:  # no optical flow
+            return
+        remedies = ["--keyframes 4"] * (self.keyframes == 1) + ["--noise shared"] * (
+            self.options.edit.noise != "shared"
+        )
+        hint = f"; {' or '.join(remedies)} lowers it" if after > before and remedies else ""
+        print(f"flicker: {after:.1f} grey levels, the source's {before:.1f}{hint}")
 
 
 def _check_sound(clip: "Clip", output: Path) -> None:
@@ -208,18 +223,6 @@ def _check_sound(clip: "Clip", output: Path) -> None:
     kind = output.suffix.lower()
     print(f"csd: {kind} cannot hold the input's {clip.sound.codec} sound; {output} will be silent.", file=sys.stderr)
     clip.sound = None
-
-
-def _print_flicker(source: "Clip", edited: "Clip") -> None:
-    from csd_2d.temporal import flicker
-
-    if len(source.frames) < 2 or len({*source.sizes}) > 1:
-        return
-    try:
-        before, after = flicker(source.frames, edited.frames, len(source.frames))
-    except ImportError:  # no optical flow
-        return
-    print(f"flicker: {after:.1f} grey levels, the source's {before:.1f}")
 
 
 @dataclass

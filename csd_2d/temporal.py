@@ -24,10 +24,28 @@ def key_indices(count: int, every: int) -> list[int]:
     return sorted({*range(0, count, every), count - 1})
 
 
+ALIKE = 0.04
+"""Difference in colour, in [0, 1], by which two pixels are no longer taken for the same thing."""
+
+
 class _Key(NamedTuple):
     at: int
     source: Image
     change: Image
+    recoloring: Float[Tensor, "4 3"]
+    """The affine map from the source's colours to their change that fits best."""
+
+    @classmethod
+    def of(cls, at: int, source: Image, edited: Image) -> "_Key":
+        change = edited - source
+        colors = _affine(source)
+        # Least squares; the pseudoinverse, for a picture of few colours does not determine the map.
+        recoloring = torch.linalg.pinv(colors.T @ colors, hermitian=True) @ colors.T @ change.flatten(1).T
+        return cls(at, source, change, recoloring)
+
+
+def _affine(image: Image) -> Float[Tensor, "pixels 4"]:
+    return torch.cat([image, torch.ones_like(image[:1])]).flatten(1).T
 
 
 def propagate(
@@ -36,8 +54,9 @@ def propagate(
     """The edit of some frames, carried to those between them along the optical flow of the source.
 
     A frame gets the *change* of its two neighbouring keys, edited minus source, so that its own detail stays. Each
-    counts the more the nearer it is, and next to nothing where it does not show what the frame shows. Two keys and one
-    frame are in memory.
+    counts the more the nearer it is, and not at all where it does not show what the frame shows: where flow there and
+    back does not come home, or colours differ. What neither of them shows changes as its colour changes in them on the
+    whole. Two keys and one frame are in memory.
 
     Args:
         frames: all frames of the source, RGB in [0, 1]; gone through twice at a time.
@@ -48,7 +67,7 @@ def propagate(
     keyed = set(keys)
     sources = (frame for index, frame in enumerate(frames) if index in keyed)
     pairs = zip(keys, sources, edited, strict=True)
-    anchors = (_Key(index, source.to(device), (image - source).to(device)) for index, source, image in pairs)
+    anchors = (_Key.of(index, source.to(device), image.to(device)) for index, source, image in pairs)
     before = after = next(anchors)
     for index, frame in enumerate(frames):
         if index > after.at:
@@ -59,11 +78,15 @@ def propagate(
 
 def _change_between(index: int, frame: Image, before: _Key, after: _Key) -> Image:
     share = (index - before.at) / (after.at - before.at)
-    total, weights = torch.zeros_like(frame), torch.zeros_like(frame[:1])
+    recoloring = torch.lerp(before.recoloring, after.recoloring, share)
+    unseen = 0.02  # so little that it hardly shows where anything else does
+    total = unseen * (_affine(frame) @ recoloring).T.view_as(frame)
+    weights = torch.full_like(frame[:1], unseen)
     for key, nearness in ((before, 1 - share), (after, share)):
         flow = optical_flow(frame, key.source)
         seen = visible(flow, optical_flow(key.source, frame))
-        weight = nearness * (seen + 1e-3)  # where neither shows it, better a guess than nothing
+        difference = (frame - warp(key.source, flow)).square().mean(0)
+        weight = nearness * seen * (-difference / (2 * ALIKE**2)).exp()
         total += weight * warp(key.change, flow)
         weights += weight
     return total / weights
