@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
@@ -17,6 +17,9 @@ from csd_2d.edit import EditConfig, check_prompt, load_preset
 from csd_2d.errors import one_sentence
 from csd_2d.images import IMAGE_SUFFIXES, read_image, read_mask, write_image
 from csd_2d.priors import DEFAULT_MODEL, Prior, check_prior, load_prior
+
+if TYPE_CHECKING:
+    from csd_2d.video import Clip
 
 
 @dataclass
@@ -149,7 +152,7 @@ class Panorama:
 
 @dataclass
 class Video:
-    """Edit all frames of a video together.
+    """Edit all frames of a video together. It may be of any length: memory holds one step's share of it.
 
     Example: csd video dance.mp4 dance_sepia.mp4 --prompt "make it sepia"
     """
@@ -157,24 +160,69 @@ class Video:
     input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
     """Video file, or folder with its frames as images."""
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Video file to write, or a folder for PNG frames. Size and frame rate stay; sound is not copied."""
+    """Video file to write, or a folder for PNG frames. Size, frame times and sound stay."""
     options: Annotated[Options, tyro.conf.arg(name="")]
+    start: float = 0.0
+    """Second at which the part to edit begins; the rest is left out."""
+    end: float | None = None
+    """Second at which it ends. Default: with the video."""
+    keyframes: int = 1
+    """Edit only every so manieth frame; those between follow by the source's optical flow (pip install
+    "csd-edit[flow]"). Less work and less flicker, but what no keyframe shows is not edited."""
 
     def run(self) -> str:
         from csd_2d.video import check_video_output, edit_video, read_clip, read_masks, write_clip
 
-        _check_output(self.output, self.input)
-        clip = read_clip(self.input)
+        scratch = _check_output(self.output, self.input)
+        clip = read_clip(self.input, self.start, self.end)
         check_video_output(self.output, clip)
+        _check_sound(clip, self.output)
         options = self.options
         masks = None if options.mask is None else read_masks(options.mask, clip, options.feather)
         if len(options.prompt) != 1:
             raise ValueError(f"a video takes one prompt, got {len(options.prompt)}.")
         prior = options.model.load(options.prompt)
         resume = options.resume_file(self.output)
-        edited = edit_video(clip, prior, options.prompt[0], options.edit, masks, progress="editing", resume=resume)
-        write_clip(edited, self.output)
+        edited = edit_video(
+            clip,
+            prior,
+            options.prompt[0],
+            options.edit,
+            masks,
+            progress="editing",
+            resume=resume,
+            keyframes=self.keyframes,
+            scratch=scratch,
+        )
+        write_clip(edited, self.output, progress="writing")
+        self._print_flicker(clip, read_clip(self.output))
         return f"{self.output} ({len(edited.frames)} frames)"
+
+    def _print_flicker(self, source: "Clip", edited: "Clip") -> None:
+        from csd_2d.temporal import flicker
+
+        if len(source.frames) < 2 or len({*source.sizes}) > 1:
+            return
+        try:
+            before, after = flicker(source.frames, edited.frames, len(source.frames))
+        except ImportError:  # no optical flow
+            return
+        remedies = ["--keyframes 4"] * (self.keyframes == 1) + ["--noise shared"] * (
+            self.options.edit.noise != "shared"
+        )
+        hint = f"; {' or '.join(remedies)} lowers it" if after > before and remedies else ""
+        print(f"flicker: {after:.1f} grey levels, the source's {before:.1f}{hint}")
+
+
+def _check_sound(clip: "Clip", output: Path) -> None:
+    """Takes away, and says so, the sound of a clip that the output cannot hold."""
+    from csd_2d.video import VIDEO_SUFFIXES, sound_fits
+
+    if clip.sound is None or output.suffix.lower() not in VIDEO_SUFFIXES or sound_fits(clip.sound, output):
+        return
+    kind = output.suffix.lower()
+    print(f"csd: {kind} cannot hold the input's {clip.sound.codec} sound; {output} will be silent.", file=sys.stderr)
+    clip.sound = None
 
 
 @dataclass
@@ -204,13 +252,18 @@ class Demo:
         return str(run_demo(output, self.prompt, self.seed))
 
 
-def _check_output(path: Path, source: Path | None = None) -> None:
-    """Raises, before any work is done, if nothing can be written at `path`, or the source lies there."""
+def _check_output(path: Path, source: Path | None = None) -> Path:
+    """Raises, before any work is done, if nothing can be written at `path`, or the source lies there.
+
+    Returns:
+        The folder, of those that exist, in which or under which it will lie.
+    """
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"output {path} cannot be written: {existing} is no folder one can write in.")
     if source is not None and source.exists() and path.exists() and path.samefile(source):
         raise ValueError(f"output {path} is the input itself; name another.")
+    return existing
 
 
 _DESCRIPTION = f"""Edit a set of images together, from one sentence, so that they stay consistent.

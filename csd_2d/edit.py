@@ -24,8 +24,9 @@ from csd_2d.kernels import RBFKernel, low_pass
 from csd_2d.particles import NoiseMode, Particles
 from csd_2d.priors import Prior
 
-JOINT_PARTICLES = 256
-"""Most particles that move as one: what is mixed at once is held in memory at once."""
+MIXED_NUMBERS = 2**24
+"""Most latent numbers a step takes, 64 MiB: what is mixed at once is held in memory at once, several times over. It is
+what 1,024 particles of 512 px have in Stable Diffusion."""
 
 
 @dataclass(frozen=True)
@@ -234,11 +235,11 @@ class EditRun:
         self._text = prior.encode_text(self._prompts)
         self._generator = torch.Generator().manual_seed(config.seed)
         rounds = particles.rounds()
-        together = JOINT_PARTICLES if max(map(len, rounds)) > JOINT_PARTICLES else 0
-        self._batch = particles.default_batch if config.batch is None else config.batch
+        most, longest = max(1, MIXED_NUMBERS // particles.source([0]).numel()), max(map(len, rounds))
+        self._batch = min((particles.default_batch if config.batch is None else config.batch) or longest, most)
         self._drawn = {
-            True: Batches(rounds, together, self._generator),
-            False: Batches(rounds, self._batch, self._generator),
+            True: Batches(rounds, 0 if longest <= most else most, self._generator),
+            False: Batches(rounds, 0 if longest <= self._batch else self._batch, self._generator),
         }
 
     def fingerprint(self) -> str:
@@ -281,7 +282,6 @@ class EditRun:
         source_t = add_noise(particles.source(indices), noise, alpha, sigma)
         stacks = [x_t, source_t, noise, particles.condition(indices)]
         shares = particles.shares(indices)
-        size = self._batch or len(indices)  # moving as one takes no more memory in the prior than any other
         residual = torch.cat(
             [
                 edit_residual(
@@ -293,7 +293,7 @@ class EditRun:
                     baseline=config.baseline,
                     shares=None if shares is None else shares[rows],
                 )
-                for rows in torch.arange(len(indices)).split(size)
+                for rows in torch.arange(len(indices)).split(self._batch)  # the prior never sees more at once
             ]
         )
         direction = -residual
@@ -326,7 +326,7 @@ class _ProgressFile:
         if not self.path.exists():
             return 0
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             if state["edit"] != self._edit:
                 raise ValueError(
                     f"{self.path} is of an edit with another prompt, other settings or other images; give what was "
@@ -395,7 +395,8 @@ def edit(
         loss.backward()
         optimizer.step()
         scheduler.step()
-        if not all(bool(p.isfinite().all()) for p in particles.parameters()):
+        # What was not drawn has no gradient and is what it was.
+        if not all(bool(p.isfinite().all()) for p in particles.parameters() if p.grad is not None):
             raise NonFiniteError(
                 f"latents are not finite after step {step + 1} of {config.steps} (timestep {info.timestep}); lower "
                 f"lr (now {config.lr}) or the guidance scales (now "

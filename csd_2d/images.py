@@ -1,7 +1,8 @@
 """Image files, padding, and the edit of a set of images: what video and 3D scenes share."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from csd_2d.closed_form import gaussian_blur
@@ -41,6 +42,26 @@ def to_array(image: Float[Tensor, "3 H W"]) -> np.ndarray:
     return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such image: {path}.")
+    try:
+        with Image.open(path) as image:
+            if min(image.size) < SMALLEST:
+                width, height = _upright_size(image)
+                raise ValueError(f"{path} is {width}x{height} px; both sides must be at least {SMALLEST} px.")
+            yield image
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}).") from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once a camera's rotation mark is obeyed."""
+    lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    return (image.height, image.width) if lies else (image.width, image.height)
+
+
 def read_image(path: Path) -> Float[Tensor, "3 H W"]:
     """An image file as RGB in [0, 1].
 
@@ -48,18 +69,15 @@ def read_image(path: Path) -> Float[Tensor, "3 H W"]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no image, is cut short, or a side is under 8 px.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such image: {path}.")
-    try:
-        with Image.open(path) as image:
-            tensor = to_tensor(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}).") from error
-    if min(tensor.shape[-2:]) < SMALLEST:
-        raise ValueError(
-            f"{path} is {tensor.shape[-1]}x{tensor.shape[-2]} px; both sides must be at least {SMALLEST} px."
-        )
-    return tensor
+    with _opened(path) as image:
+        return to_tensor(image)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of the image that `read_image` would return; reads no pixels. Raises as it does."""
+    with _opened(path) as image:
+        width, height = _upright_size(image)
+        return height, width
 
 
 def read_mask(path: Path, size: tuple[int, int], feather: float = 0.0) -> Float[Tensor, "1 H W"]:
@@ -117,9 +135,9 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def common_size(images: Sequence[Float[Tensor, "3 _ _"]], cell: int) -> tuple[int, int]:
-    """Height and width in whole latent cells that the largest of some images fits in."""
-    height, width = (round_up(max(image.shape[axis] for image in images), cell) for axis in (-2, -1))
+def common_size(sizes: Sequence[Sequence[int]], cell: int) -> tuple[int, int]:
+    """Height and width in whole latent cells that all of some sizes fit in."""
+    height, width = (round_up(max(sides), cell) for sides in zip(*sizes, strict=True))
     return height, width
 
 
@@ -150,7 +168,7 @@ class ImageStack:
         if masks is not None and [mask.shape[1:] for mask in masks] != [image.shape[1:] for image in images]:
             raise ValueError("there must be one mask for each image, of its size.")
         self._images, self._prior, self._masks = images, prior, masks
-        self._size = common_size(images, prior.cell)
+        self._size = common_size([image.shape[-2:] for image in images], prior.cell)
         self.particles = LatentStack(
             self._encoded(prior.encode, images),
             condition=self._encoded(prior.condition, images),

@@ -85,10 +85,11 @@ class LatentStack:
     Args:
         source: latents of the unedited images.
         condition: what the prior takes as source images (`Prior.condition`).
-        start: latents to start from; default: `source`.
+        start: latents to start from, which the edit changes in place if they are fp32. Default: a copy of `source`.
         mask: which cells may change; the others stay the source's. Default: all.
         shares: where each of several prompts applies, see `edit_residual`. Default: there is one prompt.
         transport: see `Particles.transport`. Default: nothing is known of it.
+        device: where the particles that are drawn go. Default: where `source` lies.
     """
 
     def __init__(
@@ -99,14 +100,18 @@ class LatentStack:
         mask: Bool[Tensor, "n 1 h w"] | None = None,
         shares: Float[Tensor, "n prompts _ _"] | None = None,
         transport: Callable[[Sequence[int]], Transport] | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
+        self._device = source.device if device is None else device
         self._source = source.detach().float()
         self._condition = condition.detach()
         self._mask = mask
         self._shares = shares
         self._transport = transport
         # Master latents stay fp32 whatever the model computes in: fp16 loses updates below 1e-3.
-        self.latents = nn.Parameter((source if start is None else start).detach().float().clone())
+        self.latents = self._source.clone() if start is None else start.detach().float()
+        # One parameter for each particle, so that a step has gradients of those alone that it drew.
+        self._parameters = [nn.Parameter(latent) for latent in self.latents]
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -118,27 +123,32 @@ class LatentStack:
     def rounds(self) -> list[list[int]]:
         return [list(range(len(self)))]
 
+    def _drawn(self, stack: Tensor, indices: Sequence[int]) -> Tensor:
+        return stack[list(indices)].to(self._device)
+
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        latents = self.latents[list(indices)]
-        return latents if self._mask is None else torch.where(self._mask[list(indices)], latents, self.source(indices))
+        latents = torch.stack([self._parameters[i] for i in indices]).to(self._device)
+        if self._mask is None:
+            return latents
+        return torch.where(self._drawn(self._mask, indices), latents, self.source(indices))
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        return self._source[list(indices)]
+        return self._drawn(self._source, indices)
 
     def condition(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        return self._condition[list(indices)]
+        return self._drawn(self._condition, indices)
 
     def shares(self, indices: Sequence[int]) -> Float[Tensor, "n prompts _ _"] | None:
-        return None if self._shares is None else self._shares[list(indices)]
+        return None if self._shares is None else self._drawn(self._shares, indices)
 
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-        return stack_noise(self.latents[list(indices)], mode, generator)
+        return stack_noise(self.source(indices), mode, generator)
 
     def transport(self, indices: Sequence[int]) -> Transport | None:
         return None if self._transport is None else self._transport(indices)
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        return [self.latents]
+        return self._parameters
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -27,7 +27,7 @@ class SceneParticles:
     def __init__(self, views: TrainingViews, prior: Prior, parameters: Iterable[nn.Parameter]) -> None:
         self._views, self._prior, self._parameters = views, prior, list(parameters)
         originals = [views.original(index) for index in range(len(views))]
-        self._size = common_size(originals, prior.cell)
+        self._size = common_size([image.shape[-2:] for image in originals], prior.cell)
         with torch.no_grad():
             padded = [self._padded(image).to(prior.device) for image in originals]
             self._source = torch.cat([prior.encode(image) for image in padded])

@@ -82,7 +82,7 @@ def main(
     model = load_prior(prior)
     clip = None
     if frames is not None:
-        clip = F.interpolate(torch.stack(read_clip(frames).frames), (height, width), mode="area")
+        clip = F.interpolate(torch.stack(list(read_clip(frames).frames)), (height, width), mode="area")
     rows = []
     for name in variants:
         for count in counts:

@@ -181,8 +181,9 @@ def test_in_the_first_phase_all_move_as_one_under_much_noise_in_the_second_a_bat
 
 
 def test_of_many_particles_as_many_as_fit_move_as_one_each_in_its_turn(monkeypatch):
-    monkeypatch.setattr(sys.modules["csd_2d.edit"], "JOINT_PARTICLES", 3)  # csd_2d.edit itself is the function
     latents = torch.zeros(9, 3, 2, 2)
+    # csd_2d.edit itself is the function
+    monkeypatch.setattr(sys.modules["csd_2d.edit"], "MIXED_NUMBERS", 3 * latents[0].numel())
     seen = []
     edit(LatentStack(latents, latents), AnalyticPrior(), "make it night", EditConfig(steps=6, together=1), seen.append)
     for turn in (seen[:3], seen[3:]):

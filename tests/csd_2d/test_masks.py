@@ -53,7 +53,9 @@ def test_images_change_inside_only():
 def test_a_render_to_start_from_does_not_show_outside():
     image, mask = picture(), left_half()
     start = [1 - image]
-    (edited,) = edit_images([image], load_prior("analytic"), "make it night", EditConfig(steps=40), start, [mask])
+    config = EditConfig(steps=40)
+    prior = load_prior("analytic")
+    (edited,) = edit_images([image], prior, "make it night", config, start=start, masks=[mask])
     assert torch.equal(edited * (1 - mask), image * (1 - mask))
     assert ((edited - night(image)) * mask).abs().max() < 0.02
 
