@@ -19,6 +19,8 @@ from csd_2d.images import IMAGE_SUFFIXES, read_image, read_mask, write_image
 from csd_2d.priors import DEFAULT_MODEL, Prior, check_prior, load_prior
 
 if TYPE_CHECKING:
+    import torch
+
     from csd_2d.video import Clip
 
 
@@ -168,7 +170,7 @@ class Video:
     """Second at which it ends. Default: with the video."""
     keyframes: int = 1
     """Edit only every so manieth frame; those between follow by the source's optical flow (pip install
-    "csd-edit[flow]"). Less work and less flicker, but what no keyframe shows is not edited."""
+    "csd-edit[flow]"). Less work and less flicker; but what no keyframe shows is recolored only."""
 
     def run(self) -> str:
         from csd_2d.video import check_video_output, edit_video, read_clip, read_masks, write_clip
@@ -195,22 +197,19 @@ class Video:
             scratch=scratch,
         )
         write_clip(edited, self.output, progress="writing")
-        self._print_flicker(clip, read_clip(self.output))
+        self._print_flicker(clip, read_clip(self.output), prior.device)
         return f"{self.output} ({len(edited.frames)} frames)"
 
-    def _print_flicker(self, source: "Clip", edited: "Clip") -> None:
+    def _print_flicker(self, source: "Clip", edited: "Clip", device: "torch.device | str" = "cpu") -> None:
         from csd_2d.temporal import flicker
 
         if len(source.frames) < 2 or len({*source.sizes}) > 1:
             return
         try:
-            before, after = flicker(source.frames, edited.frames, len(source.frames))
+            before, after = flicker(source.frames, edited.frames, len(source.frames), device=device)
         except ImportError:  # no optical flow
             return
-        remedies = ["--keyframes 4"] * (self.keyframes == 1) + ["--noise shared"] * (
-            self.options.edit.noise != "shared"
-        )
-        hint = f"; {' or '.join(remedies)} lowers it" if after > before and remedies else ""
+        hint = "; --keyframes 4 lowers it" if after > before and self.keyframes == 1 else ""
         print(f"flicker: {after:.1f} grey levels, the source's {before:.1f}{hint}")
 
 

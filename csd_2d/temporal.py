@@ -12,6 +12,8 @@ from torch import Tensor
 from csd_2d.flow import optical_flow, visible, warp
 
 Image = Float[Tensor, "3 H W"]
+ALIKE = 0.04
+"""Difference in colour, in [0, 1], by which two pixels are no longer taken for the same thing."""
 
 
 def key_indices(count: int, every: int) -> list[int]:
@@ -22,10 +24,6 @@ def key_indices(count: int, every: int) -> list[int]:
         ([0, 3, 6, 7], [0, 3, 6])
     """
     return sorted({*range(0, count, every), count - 1})
-
-
-ALIKE = 0.04
-"""Difference in colour, in [0, 1], by which two pixels are no longer taken for the same thing."""
 
 
 class _Key(NamedTuple):

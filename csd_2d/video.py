@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -127,11 +128,13 @@ def edit_video(
         The clip, whose frames are decoded from the latents each time they are gone through.
 
     Raises:
-        ValueError: if masks do not fit the frames, if frames differ in size and there are to be keyframes, or as `edit`
-            raises.
+        ValueError: if there are no frames, if masks do not fit them, if they differ in size and there are to be
+            keyframes, or as `edit` raises.
         ImportError: if optical flow is needed and cannot be estimated.
     """
     sizes = clip.sizes
+    if not sizes:
+        raise ValueError("there are no frames to edit.")
     if masks is not None and len(masks) != len(sizes):
         raise ValueError(f"there must be one mask for each frame, got {len(masks)} for {len(sizes)} frames.")
     keys = list(range(len(sizes)))
@@ -263,7 +266,8 @@ def _decode(path: Path, start: float, end: float | None) -> Iterator[tuple[Fract
             if container.format.name == "avi":  # which knows the order of frames only
                 base = None
             if base is not None and start > 0:
-                container.seek(origin + int(start / base), stream=stream)
+                with suppress(FFmpegError):  # what cannot be wound is read from its beginning
+                    container.seek(origin + int(start / base), stream=stream)
             time = -between
             for frame in container.decode(stream):
                 time = time + between if base is None or frame.pts is None else (frame.pts - origin) * base
@@ -385,7 +389,8 @@ def _copied_sound(container: OutputContainer, sound: Sound) -> _TimedPackets:
     def packets() -> _TimedPackets:
         with source:
             if shift > 0:
-                source.seek(shift, stream=stream)
+                with suppress(FFmpegError):
+                    source.seek(shift, stream=stream)
             for packet in source.demux(stream):
                 if packet.dts is None or packet.pts is None or packet.pts + (packet.duration or 0) < shift:
                     continue

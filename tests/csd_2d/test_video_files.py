@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from csd_2d.cli import main
 from csd_2d.video import Clip, read_clip, sound_fits, write_clip
@@ -171,3 +172,13 @@ def test_frames_are_seen_by_index_too(tmp_path):
     assert [number(frame, 9) for frame in frames[2:4]] == [2, 3]
     with pytest.raises(IndexError):
         frames[9]
+
+
+def test_sizes_of_pictures_are_known_without_reading_them(tmp_path):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (20, 10 + orientation)).save(tmp_path / f"{orientation}.jpg", exif=exif)
+    clip = read_clip(tmp_path)
+    assert clip.sizes == [frame.shape[-2:] for frame in clip.frames]
+    assert clip.sizes[0] == (11, 20) and clip.sizes[7] == (20, 18)
