@@ -134,14 +134,14 @@ class Panorama:
             options.model.load(options.prompt),
             options.prompt,
             options.edit,
-            self.stride,
-            mask,
-            regions,
-            self.blend_regions,
-            self.wrap,
-            self.fade,
             progress="editing",
             resume=resume,
+            stride=self.stride,
+            mask=mask,
+            regions=regions,
+            blend_regions=self.blend_regions,
+            wrap=self.wrap,
+            fade=self.fade,
         )
         write_image(edited, self.output)
         return f"{self.output} ({edited.shape[-1]}x{edited.shape[-2]} px)"

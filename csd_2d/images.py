@@ -123,18 +123,8 @@ def common_size(images: Sequence[Float[Tensor, "3 _ _"]], cell: int) -> tuple[in
     return height, width
 
 
-def edit_images(
-    images: Sequence[Float[Tensor, "3 _ _"]],
-    prior: Prior,
-    prompt: str,
-    config: EditConfig | None = None,
-    start: Sequence[Float[Tensor, "3 _ _"]] | None = None,
-    masks: Sequence[Float[Tensor, "1 _ _"]] | None = None,
-    on_step: Callable[[StepInfo], bool | None] | None = None,
-    progress: str | None = None,
-    resume: Path | None = None,
-) -> list[Float[Tensor, "3 _ _"]]:
-    """Edits a set of images together: each is one particle.
+class ImageStack:
+    """A set of images as particles, one each, and the way back.
 
     Sizes may differ; all are padded to the largest, never squeezed, and cropped again. Encoding and decoding take one
     image at a time.
@@ -143,33 +133,69 @@ def edit_images(
         images: the sources, RGB in [0, 1].
         start: images to start from, of the same sizes (a scene's present renders); default: the sources.
         masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. Default: all.
+
+    Raises:
+        ValueError: if there are no images, or masks do not fit them.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Float[Tensor, "3 _ _"]],
+        prior: Prior,
+        start: Sequence[Float[Tensor, "3 _ _"]] | None = None,
+        masks: Sequence[Float[Tensor, "1 _ _"]] | None = None,
+    ) -> None:
+        if not images:
+            raise ValueError("there are no images to edit.")
+        if masks is not None and [mask.shape[1:] for mask in masks] != [image.shape[1:] for image in images]:
+            raise ValueError("there must be one mask for each image, of its size.")
+        self._images, self._prior, self._masks = images, prior, masks
+        self._size = common_size(images, prior.cell)
+        self.particles = LatentStack(
+            self._encoded(prior.encode, images),
+            condition=self._encoded(prior.condition, images),
+            start=None if start is None else self._encoded(prior.encode, start),
+            mask=None if masks is None else self._encoded(lambda mask: cell_mask(mask, prior.cell), masks),
+        )
+
+    @torch.no_grad()
+    def _encoded(self, encode: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> Tensor:
+        return torch.cat([encode(pad(image[None], *self._size).to(self._prior.device)) for image in images])
+
+    @torch.no_grad()
+    def decode(self) -> list[Float[Tensor, "3 _ _"]]:
+        """The images as edited, on the CPU, in the sources' sizes."""
+        decoded = (self._prior.decode(self.particles.render([i]))[0].cpu() for i in range(len(self._images)))
+        edited = [
+            out[:, : image.shape[-2], : image.shape[-1]] for out, image in zip(decoded, self._images, strict=True)
+        ]
+        if self._masks is None:
+            return edited
+        return [torch.lerp(*rows) for rows in zip(self._images, edited, self._masks, strict=True)]
+
+
+def edit_images(
+    images: Sequence[Float[Tensor, "3 _ _"]],
+    prior: Prior,
+    prompt: str,
+    config: EditConfig | None = None,
+    on_step: Callable[[StepInfo], bool | None] | None = None,
+    progress: str | None = None,
+    resume: Path | None = None,
+    **stack: Any,
+) -> list[Float[Tensor, "3 _ _"]]:
+    """Edits a set of images together.
+
+    Args:
         config, on_step, progress, resume: see `csd_2d.edit.edit`.
+        stack: start, masks; see `ImageStack`.
 
     Returns:
         The edited images on the CPU, in the sources' sizes.
 
     Raises:
-        ValueError: if there are no images, if masks do not fit them, or as `edit` raises.
+        ValueError: as `ImageStack` and `edit` raise.
     """
-    if not images:
-        raise ValueError("there are no images to edit.")
-    if masks is not None and [mask.shape[1:] for mask in masks] != [image.shape[1:] for image in images]:
-        raise ValueError("there must be one mask for each image, of its size.")
-    height, width = common_size(images, prior.cell)
-
-    def encoded(encode: Callable[[Tensor], Tensor], sources: Sequence[Tensor]) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([encode(pad(image[None], height, width).to(prior.device)) for image in sources])
-
-    source = encoded(prior.encode, images)
-    particles = LatentStack(
-        source,
-        condition=encoded(prior.condition, images),
-        start=source if start is None else encoded(prior.encode, start),
-        mask=None if masks is None else encoded(lambda mask: cell_mask(mask, prior.cell), masks),
-    )
-    edit(particles, prior, prompt, config, on_step, progress, resume)
-    with torch.no_grad():
-        decoded = [prior.decode(particles.render([index]))[0].cpu() for index in range(len(images))]
-    edited = [out[:, : image.shape[-2], : image.shape[-1]] for out, image in zip(decoded, images, strict=True)]
-    return edited if masks is None else [torch.lerp(*rows) for rows in zip(images, edited, masks, strict=True)]
+    together = ImageStack(images, prior, **stack)
+    edit(together.particles, prior, prompt, config, on_step, progress, resume)
+    return together.decode()

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,42 +47,109 @@ def _inner(canvas: Float[Tensor, "1 c h _"], margin: int) -> Float[Tensor, "1 c 
     return canvas[..., margin : canvas.shape[-1] - margin]
 
 
-def edit_panorama(
-    image: Float[Tensor, "3 H W"],
-    prior: Prior,
-    prompt: Prompt,
-    config: EditConfig | None = None,
-    stride: int | None = None,
-    mask: Float[Tensor, "1 H W"] | None = None,
-    regions: Sequence[Float[Tensor, "1 H W"]] | None = None,
-    blend_regions: bool = False,
-    wrap: bool = False,
-    fade: bool = True,
-    on_step: Callable[[StepInfo], bool | None] | None = None,
-    progress: str | None = None,
-    resume: Path | None = None,
-) -> Float[Tensor, "3 H W"]:
-    """Edits an image of any size through overlapping crops of the prior's window.
+class PanoramaCanvas:
+    """An image of any size as crops of one canvas of latents, and the way back.
 
     The image is mirrored outwards to whole latent cells and at least one window, and cropped again afterwards.
 
     Args:
         image: RGB in [0, 1].
-        prompt: one instruction, or several that each have a region.
+        prompts: how many there are.
         stride: largest distance between crops in latent cells; default: three quarters of a window (paper: a quarter).
         mask: what may change, in [0, 1]; where 0 the image stays bit for bit. Default: all.
         regions: one mask for each of several prompts, in [0, 1]; where they overlap they share, where there is none the
             image stays. Default: vertical stripes of one width.
         blend_regions, wrap, fade: see `CanvasCrops`; `wrap` is for 360 degree images.
+
+    Raises:
+        ValueError: if the stride is under 1 or over the window, if the mask or a region is of another size, if prompts
+            and regions differ in number, or if a wrapped image is narrower than the window or its width is no multiple
+            of a latent cell.
+    """
+
+    def __init__(
+        self,
+        image: Float[Tensor, "3 H W"],
+        prior: Prior,
+        prompts: int = 1,
+        stride: int | None = None,
+        mask: Float[Tensor, "1 H W"] | None = None,
+        regions: Sequence[Float[Tensor, "1 H W"]] | None = None,
+        blend_regions: bool = False,
+        wrap: bool = False,
+        fade: bool = True,
+    ) -> None:
+        height, width = image.shape[-2:]
+        regions = stripes(prompts, height, width) if regions is None else regions
+        if len(regions) != prompts:
+            raise ValueError(f"there must be one region for each prompt, got {len(regions)} for {prompts}.")
+        for name, picture in [("mask", mask), *(("regions", region) for region in regions)]:
+            if picture is not None and picture.shape[1:] != image.shape[1:]:
+                raise ValueError(
+                    f"{name} must be of the image's size, got {tuple(picture.shape)} for {tuple(image.shape)}."
+                )
+        smallest = prior.window * prior.cell
+        if wrap and (width % prior.cell or width < smallest):
+            raise ValueError(
+                f"an image that wraps must be at least {smallest} px wide, and a multiple of {prior.cell}; "
+                f"got {width} px."
+            )
+        shares, covered = compose(regions)
+        if not bool((covered == 1).all()):
+            mask = covered if mask is None else mask * covered
+        self._image, self._prior, self._mask = image, prior, mask
+        self._padded_size = [max(round_up(size, prior.cell), smallest) for size in (height, width)]
+        # In cells: what lies beyond the border of a circle, for the encoder and the decoder to see.
+        self._margin = prior.window // 2 if wrap else 0
+        with torch.no_grad():
+            around = _around(self._padded(image), self._margin * prior.cell)
+            self.crops = CanvasCrops(
+                _inner(prior.encode(around), self._margin),
+                _inner(prior.condition(around), self._margin),
+                prior.window,
+                max(3 * prior.window // 4, 1) if stride is None else stride,
+                None if mask is None else cell_mask(self._padded(mask), prior.cell),
+                F.avg_pool2d(self._padded(shares), prior.cell) if prompts > 1 else None,
+                blend_regions,
+                wrap,
+                fade,
+            )
+
+    def _padded(self, picture: Float[Tensor, "c H W"]) -> Float[Tensor, "1 c _ _"]:
+        return pad(picture[None], *self._padded_size).to(self._prior.device)
+
+    @torch.no_grad()
+    def decode(self) -> Float[Tensor, "3 H W"]:
+        """The image as edited, on the CPU, RGB in [0, 1]."""
+        height, width = self._image.shape[-2:]
+        decoded = self._prior.decode(_around(self.crops.edited(), self._margin))
+        edited = _inner(decoded, self._margin * self._prior.cell)[0, :, :height, :width].cpu()
+        return edited if self._mask is None else torch.lerp(self._image, edited, self._mask)
+
+
+def edit_panorama(
+    image: Float[Tensor, "3 H W"],
+    prior: Prior,
+    prompt: Prompt,
+    config: EditConfig | None = None,
+    on_step: Callable[[StepInfo], bool | None] | None = None,
+    progress: str | None = None,
+    resume: Path | None = None,
+    **canvas: Any,
+) -> Float[Tensor, "3 H W"]:
+    """Edits an image of any size through overlapping crops of the prior's window.
+
+    Args:
+        image: RGB in [0, 1].
+        prompt: one instruction, or several that each have a region.
         config, on_step, progress, resume: see `csd_2d.edit.edit`.
+        canvas: stride, mask, regions, ...; see `PanoramaCanvas`.
 
     Returns:
         The edited image on the CPU, RGB in [0, 1].
 
     Raises:
-        ValueError: if the stride is under 1 or over the window, if the mask or a region is of another size, if prompts
-            and regions differ in number, if a wrapped image is narrower than the window or its width is no multiple of
-            a latent cell, or as `edit` raises.
+        ValueError: as `PanoramaCanvas` and `edit` raise.
 
     Example:
         >>> from csd_2d import EditConfig, load_prior
@@ -89,46 +157,7 @@ def edit_panorama(
         >>> edited.shape
         torch.Size([3, 40, 300])
     """
-    height, width = image.shape[-2:]
     prompts = check_prompt(prompt)
-    if regions is None:
-        regions = stripes(len(prompts), height, width)
-    if len(regions) != len(prompts):
-        raise ValueError(f"there must be one region for each prompt, got {len(regions)} for {len(prompts)}.")
-    for name, picture in [("mask", mask), *(("regions", region) for region in regions)]:
-        if picture is not None and picture.shape[1:] != image.shape[1:]:
-            raise ValueError(
-                f"{name} must be of the image's size, got {tuple(picture.shape)} for {tuple(image.shape)}."
-            )
-    shares, covered = compose(regions)
-    if not bool((covered == 1).all()):
-        mask = covered if mask is None else mask * covered
-    smallest = prior.window * prior.cell
-    if wrap and (width % prior.cell or width < smallest):
-        raise ValueError(
-            f"an image that wraps must be at least {smallest} px wide, and a multiple of {prior.cell}; got {width} px."
-        )
-    height_padded, width_padded = (max(round_up(size, prior.cell), smallest) for size in (height, width))
-    margin = smallest // 2 if wrap else 0
-
-    def padded(picture: Tensor) -> Tensor:
-        return pad(picture[None], height_padded, width_padded).to(prior.device)
-
-    with torch.no_grad():
-        around = _around(padded(image), margin)
-        crops = CanvasCrops(
-            _inner(prior.encode(around), margin // prior.cell),
-            _inner(prior.condition(around), margin // prior.cell),
-            prior.window,
-            max(3 * prior.window // 4, 1) if stride is None else stride,
-            None if mask is None else cell_mask(padded(mask), prior.cell),
-            F.avg_pool2d(padded(shares), prior.cell) if len(prompts) > 1 else None,
-            blend_regions,
-            wrap,
-            fade,
-        )
-    edit(crops, prior, prompts, config, on_step, progress, resume)
-    with torch.no_grad():
-        decoded = prior.decode(_around(crops.edited(), margin // prior.cell))
-    edited = _inner(decoded, margin)[0, :, :height, :width].cpu()
-    return edited if mask is None else torch.lerp(image, edited, mask)
+    panorama = PanoramaCanvas(image, prior, len(prompts), **canvas)
+    edit(panorama.crops, prior, prompts, config, on_step, progress, resume)
+    return panorama.decode()

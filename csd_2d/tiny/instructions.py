@@ -84,7 +84,7 @@ def _instructions() -> dict[str, Instruction]:
             f"make the {noun} {color}",
             tuple(template.format(noun, color) for template in _OBJECT_PAINTS),
             (recolor(hue),),
-            share=2.5,  # which object is meant is harder to learn than anything else
+            share=1.0,
             object=noun,
         )
         for noun in OBJECTS
@@ -113,15 +113,20 @@ def unknown_words(prompt: str) -> list[str]:
     return [word for word in normalized(prompt).split() if word not in known]
 
 
-def draw_edits(scenes: Scenes, generator: torch.Generator) -> tuple[Float[Tensor, "n 3 s s"], list[str]]:
+def draw_edits(
+    scenes: Scenes, generator: torch.Generator, object_share: float = 1.0
+) -> tuple[Float[Tensor, "n 3 s s"], list[str]]:
     """Gives every scene an instruction that fits it, in a random wording.
+
+    Args:
+        object_share: factor on the shares of the instructions that are about one object.
 
     Returns:
         The answers, one drawn at random where there are several, and the wordings.
     """
     known = list(INSTRUCTIONS.values())
     fits = torch.stack([instruction.fits(scenes) for instruction in known], 1).cpu()
-    shares = torch.tensor([instruction.share for instruction in known])
+    shares = torch.tensor([instruction.share * (object_share if instruction.object else 1.0) for instruction in known])
     # Indices are drawn on the CPU whatever the device, so that the same seed teaches the same lessons.
     dice = torch.Generator().manual_seed(int(torch.randint(2**40, (), generator=generator, device=generator.device)))
     drawn = torch.multinomial(fits * shares, 1, generator=dice)[:, 0]

@@ -24,9 +24,9 @@ class Scenes:
     """For each of `OBJECTS`, how much of each pixel it covers, in [0, 1]."""
 
     @property
-    def objects(self) -> Float[Tensor, "n 1 s s"]:
-        """How much of each pixel they cover together."""
-        return torch.stack(list(self.visible.values())).sum(0)
+    def masks(self) -> Float[Tensor, "n 3 s s"]:
+        """The same in one tensor, in the order of `OBJECTS`."""
+        return torch.cat([self.visible[name] for name in OBJECTS], 1)
 
 
 class _Painter:
@@ -50,9 +50,9 @@ class _Painter:
     def chance(self, probability: float) -> Float[Tensor, "n 1 1 1"]:
         return (self.uniform() < probability).float()
 
-    def color(self) -> Float[Tensor, "n 3 1 1"]:
+    def color(self, darkest: float = 0.08) -> Float[Tensor, "n 3 1 1"]:
         """Any hue; mostly muted, as photographs are."""
-        hue, saturation, value = self.uniform(), self.uniform() ** 1.7, 0.08 + 0.92 * self.uniform()
+        hue, saturation, value = self.uniform(), self.uniform() ** 1.7, self.uniform(darkest, 1)
         offsets = torch.tensor([0.0, 2 / 3, 1 / 3], device=self.device)[:, None, None]
         pure = ((6 * ((hue + offsets) % 1) - 3).abs() - 1).clamp(0, 1)
         return value * torch.lerp(torch.ones_like(pure), pure, saturation)
@@ -113,19 +113,26 @@ class _Painter:
         turn = self.uniform(-0.5, 0.5)
         return u * turn.cos() + v * turn.sin(), v * turn.cos() - u * turn.sin()
 
+    def patterned(self, dark: Tensor) -> Float[Tensor, "n 3 s s"]:
+        """A surface of one colour with grain, bright enough to be painted, darkened where a pattern is 1."""
+        grain = 1 + self.chance(0.7) * self.uniform(0.0, 0.2) * self.noise()
+        return self.color(darkest=0.4) * grain * (1 - self.uniform(0.35, 0.6) * dark)
+
     def ball(self, present: Tensor) -> None:
+        """Smooth, with a gloss and a dark rim."""
         u, v = self._placed()
         radius = self.uniform(0.2, 0.55)
         distance = torch.hypot(u, v)
         depth = (1 - (distance / radius).square()).clamp(min=0).sqrt()
         side, above = self.uniform(-0.7, 0.7), self.uniform(0.2, 0.8)
         light = (u / radius * side - v / radius * above + depth * (1 - side**2 - above**2).clamp(min=0.05).sqrt()) * 1.1
-        shade = 0.35 + 0.75 * light.clamp(0, 1)
-        gloss = self.chance(0.5) * light.clamp(0, 1) ** 20 * 0.7
-        self.cover(self.inside(radius - distance) * present, self.textured(self.color()) * shade + gloss, "ball")
+        shade = (0.35 + 0.75 * light.clamp(0, 1)) * (0.4 + 0.6 * depth)
+        gloss = light.clamp(0, 1) ** 20 * self.uniform(0.4, 0.8)
+        surface = self.patterned(torch.zeros_like(shade))
+        self.cover(self.inside(radius - distance) * present, surface * shade + gloss, "ball")
 
     def box(self, present: Tensor) -> None:
-        """A front, and a sheared top that is lighter or darker."""
+        """A chequered front, and a sheared top that is lighter or darker."""
         u, v = self._placed()
         width, height, rise = self.uniform(0.2, 0.45), self.uniform(0.2, 0.45), self.uniform(0.08, 0.25)
         front = torch.minimum(width - u.abs(), height - v.abs())
@@ -133,9 +140,12 @@ class _Painter:
         top = torch.minimum(width - (u - self.uniform(-1.2, 1.2) * above).abs(), torch.minimum(above, rise - above))
         shade = self.uniform(0.6, 1.0) + self.inside(top) * self.uniform(0.1, 0.5)
         coverage = torch.maximum(self.inside(front), self.inside(top))
-        self.cover(coverage * present, self.textured(self.color()) * shade, "box")
+        squares = 2 * math.pi / self.uniform(0.3, 0.45)
+        chequered = self.inside((squares * u).sin() * (squares * v).sin() * 0.1)
+        self.cover(coverage * present, self.patterned(chequered) * shade, "box")
 
     def cone(self, present: Tensor) -> None:
+        """With dark bands around it."""
         u, v = self._placed()
         width, height = self.uniform(0.25, 0.5), self.uniform(0.3, 0.6)
         down = (v + height) / (2 * height)  # 0 at the tip, 1 at the base
@@ -144,7 +154,8 @@ class _Painter:
         across = (u / half).clamp(-1, 1)
         shade = 0.65 + 0.45 * (across * self.uniform(-1, 1) + 0.3 * (1 - across**2).sqrt())
         coverage = self.inside(torch.minimum(torch.minimum(half - u.abs(), height + base - v), v + height))
-        self.cover(coverage * present, self.textured(self.color()) * shade, "cone")
+        banded = self.inside((2 * math.pi / self.uniform(0.28, 0.4) * v).sin() * 0.1)
+        self.cover(coverage * present, self.patterned(banded) * shade, "cone")
 
     def light(self) -> None:
         """Light from one side, a tint, exposure and contrast of the whole picture; blur and grain of a camera."""
