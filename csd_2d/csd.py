@@ -3,6 +3,7 @@
 Source: Kim et al., "Collaborative Score Distillation for Consistent Visual Synthesis", arXiv 2307.04787 (NeurIPS 2023).
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -117,7 +118,8 @@ def svgd_direction(
     particles: Float[Tensor, "n ..."],
     kernel: Kernel | None = None,
     normalize_rows: bool = False,
-) -> Float[Tensor, "n ..."]:
+    rows: Sequence[int] | slice = slice(None),
+) -> Float[Tensor, "m ..."]:
     """Stein variational ascent direction: particles move along +phi.
 
     phi_i = (1/N) sum_j [k(x_j, x_i) s_j + grad_{x_j} k(x_j, x_i)]   (Liu & Wang 2016, eq. 8; CSD eq. 6)
@@ -127,6 +129,7 @@ def svgd_direction(
         particles: the x_j the kernel looks at, same first dimension.
         kernel: default `RBFKernel()`, with the median bandwidth.
         normalize_rows: divide row i by sum_j K_ij instead of N, so that equal scores keep their length whatever N is.
+        rows: the i whose phi is computed. Default: all.
 
     Returns:
         phi, in the shape and dtype of `scores`. N = 1 returns the score itself.
@@ -150,9 +153,9 @@ def svgd_direction(
     # Half precision overflows in squared distances of a few thousand dimensions.
     dtype = torch.promote_types(scores.dtype, torch.float32)
     x, s = particles.flatten(1).to(dtype), scores.flatten(1).to(dtype)
-    gram, repulsion = (kernel or RBFKernel())(x)
+    gram, repulsion = (matrix[rows] for matrix in (kernel or RBFKernel())(x))
     norm = gram.sum(1, keepdim=True) if normalize_rows else len(x)
-    return ((gram @ s + repulsion) / norm).view_as(scores).to(scores.dtype)
+    return ((gram @ s + repulsion) / norm).unflatten(1, scores.shape[1:]).to(scores.dtype)
 
 
 def surrogate_loss(

@@ -83,6 +83,8 @@ class LatentStack:
         start: latents to start from; default: `source`.
         mask: which cells may change; the others stay the source's. Default: all.
         shares: where each of several prompts applies, see `edit_residual`. Default: there is one prompt.
+        held, count: which particles these are, of how many, where other processes hold the others (`csd_2d.ranks`);
+            indices are those of the whole. Default: all.
     """
 
     def __init__(
@@ -92,7 +94,11 @@ class LatentStack:
         start: Float[Tensor, "n c h w"] | None = None,
         mask: Bool[Tensor, "n 1 h w"] | None = None,
         shares: Float[Tensor, "n prompts _ _"] | None = None,
+        held: range | None = None,
+        count: int | None = None,
     ) -> None:
+        self.held = range(len(source)) if held is None else held
+        self._count = len(self.held) if count is None else count
         self._source = source.detach().float()
         self._condition = condition.detach()
         self._mask = mask
@@ -101,7 +107,7 @@ class LatentStack:
         self.latents = nn.Parameter((source if start is None else start).detach().float().clone())
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return self._count
 
     @property
     def default_batch(self) -> int:
@@ -110,21 +116,27 @@ class LatentStack:
     def rounds(self) -> list[list[int]]:
         return [list(range(len(self)))]
 
+    def _rows(self, indices: Sequence[int]) -> list[int]:
+        return [self.held.index(index) for index in indices]
+
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        latents = self.latents[list(indices)]
-        return latents if self._mask is None else torch.where(self._mask[list(indices)], latents, self.source(indices))
+        latents = self.latents[self._rows(indices)]
+        if self._mask is None:
+            return latents
+        return torch.where(self._mask[self._rows(indices)], latents, self.source(indices))
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        return self._source[list(indices)]
+        return self._source[self._rows(indices)]
 
     def condition(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        return self._condition[list(indices)]
+        return self._condition[self._rows(indices)]
 
     def shares(self, indices: Sequence[int]) -> Float[Tensor, "n prompts _ _"] | None:
-        return None if self._shares is None else self._shares[list(indices)]
+        return None if self._shares is None else self._shares[self._rows(indices)]
 
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-        return stack_noise(self.latents[list(indices)], mode, generator)
+        # Drawn for those that other processes hold, too, so that all draw the same.
+        return stack_noise(self.latents[:1].expand(len(indices), -1, -1, -1), mode, generator)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return [self.latents]
