@@ -188,7 +188,7 @@ class CsdVideoPipeline(CsdPipeline):
         images = ImageStack([_tensor(frame) for frame in frames], self.prior, **stack)
         self._run(images.particles, images.particles.latents, prompt, config, callback_on_step_end, progress, resume)
         if output_type == "latent":
-            return VideoOutput(list(images.particles.render(range(len(frames))).detach()))
+            return VideoOutput(list(images.particles.render(images.particles.held).detach()))
         return VideoOutput([_output(frame, output_type) for frame in images.decode()])
 
 

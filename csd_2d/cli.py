@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
+from csd_2d import ranks
 from csd_2d.edit import EditConfig, check_prompt, load_preset
 from csd_2d.errors import one_sentence
 from csd_2d.images import IMAGE_SUFFIXES, read_image, read_mask, write_image
@@ -49,7 +50,7 @@ class PriorOptions:
         check_prompt(prompts)  # before minutes go into loading a model
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         name = self.prior or ("ip2p" if device.startswith("cuda") else "tiny")
-        if self.prior is None:
+        if self.prior is None and ranks.rank() == 0:
             print(f"prior: {name} on {device} (--prior chooses another)", file=sys.stderr)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         for prompt in prompts:
@@ -148,7 +149,8 @@ class Panorama:
             wrap=self.wrap,
             fade=self.fade,
         )
-        write_image(edited, self.output)
+        if ranks.rank() == 0:
+            write_image(edited, self.output)
         return f"{self.output} ({edited.shape[-1]}x{edited.shape[-2]} px)"
 
 
@@ -196,8 +198,9 @@ class Video:
             keyframes=self.keyframes,
             scratch=scratch,
         )
-        write_clip(edited, self.output, progress="writing")
-        self._print_flicker(clip, read_clip(self.output), prior.device)
+        if ranks.rank() == 0:
+            write_clip(edited, self.output, progress="writing")
+            self._print_flicker(clip, read_clip(self.output), prior.device)
         return f"{self.output} ({len(edited.frames)} frames)"
 
     def _print_flicker(self, source: "Clip", edited: "Clip", device: "torch.device | str" = "cpu") -> None:
@@ -239,6 +242,8 @@ class Demo:
     """Seed of the training and of the edit."""
 
     def run(self) -> str:
+        if ranks.size() > 1:
+            raise ValueError("csd demo runs in one process.")
         if find_spec("nerfstudio") is None:
             raise ImportError('csd demo needs nerfstudio: pip install "csd-edit[nerf]".')
         from csd_nerf.demo import run_demo
@@ -292,10 +297,16 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Demo:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: one sentence and exit code 1 for what a user can mend, 130 after Ctrl-C."""
     try:
-        with one_sentence("csd"):
+        with one_sentence("csd"), ranks.joined():
             command = _parse(arguments)
             start = time.monotonic()
-            print(f"wrote {command.run()} in {time.monotonic() - start:.0f} s")
+            result = command.run()
+            if ranks.rank() == 0:
+                print(f"wrote {result} in {time.monotonic() - start:.0f} s")
     except KeyboardInterrupt:
         print("csd: interrupted; the same command with --resume goes on.", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

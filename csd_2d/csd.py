@@ -3,6 +3,7 @@
 Source: Kim et al., "Collaborative Score Distillation for Consistent Visual Synthesis", arXiv 2307.04787 (NeurIPS 2023).
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -119,7 +120,8 @@ def svgd_direction(
     kernel: Kernel | None = None,
     normalize_rows: bool = False,
     transport: Transport | None = None,
-) -> Float[Tensor, "n ..."]:
+    rows: Sequence[int] | slice = slice(None),
+) -> Float[Tensor, "m ..."]:
     """Stein variational ascent direction: particles move along +phi.
 
     phi_i = (1/N) sum_j [k(x_j, x_i) s_j + grad_{x_j} k(x_j, x_i)]   (Liu & Wang 2016, eq. 8; CSD eq. 6)
@@ -134,6 +136,7 @@ def svgd_direction(
         normalize_rows: divide row i by sum_j K_ij instead of N, so that equal scores keep their length whatever N is.
             With a transport by the sum, or the number, of the terms that are valid in each place.
         transport: see `Transport`; scores and particles are then (n, c, h, w). Default: same pixel, same place.
+        rows: the i whose phi is computed. Default: all.
 
     Returns:
         phi, in the shape and dtype of `scores`. N = 1 returns the score itself.
@@ -157,14 +160,17 @@ def svgd_direction(
     # Half precision overflows in squared distances of a few thousand dimensions.
     dtype = torch.promote_types(scores.dtype, torch.float32)
     x, s = particles.flatten(1).to(dtype), scores.flatten(1).to(dtype)
-    gram, slope = (kernel or RBFKernel())(x)
+    gram, slope = (matrix[rows] for matrix in (kernel or RBFKernel())(x))
+    mine = x[rows]
     if transport is not None:
+        receivers = range(len(x))[rows] if isinstance(rows, slice) else rows
         s, x = s.view_as(scores), x.view_as(particles)
-        rows = [_moved_row(s, x, gram[i], slope[i], normalize_rows, transport, i) for i in range(len(s))]
-        return torch.stack(rows).to(scores.dtype)
+        pairs = zip(receivers, gram, slope, strict=True)
+        moved = [_moved_row(s, x, weights, slopes, normalize_rows, transport, i) for i, weights, slopes in pairs]
+        return torch.stack(moved).to(scores.dtype)
     norm = gram.sum(1, keepdim=True) if normalize_rows else len(x)
-    repulsion = slope.sum(1, keepdim=True) * x - slope @ x
-    return ((gram @ s + repulsion) / norm).view_as(scores).to(scores.dtype)
+    repulsion = slope.sum(1, keepdim=True) * mine - slope @ x
+    return ((gram @ s + repulsion) / norm).unflatten(1, scores.shape[1:]).to(scores.dtype)
 
 
 def _moved_row(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 from tqdm.auto import tqdm
 
+from csd_2d import ranks
 from csd_2d.csd import Baseline, add_noise, edit_residual, surrogate_loss, svgd_direction
 from csd_2d.errors import NonFiniteError
 from csd_2d.files import replacing
@@ -235,7 +236,7 @@ class EditRun:
         self._text = prior.encode_text(self._prompts)
         self._generator = torch.Generator().manual_seed(config.seed)
         rounds = particles.rounds()
-        most, longest = max(1, MIXED_NUMBERS // particles.source([0]).numel()), max(map(len, rounds))
+        most, longest = max(1, MIXED_NUMBERS // ranks.numbers(particles)), max(map(len, rounds))
         self._batch = min((particles.default_batch if config.batch is None else config.batch) or longest, most)
         self._drawn = {
             True: Batches(rounds, 0 if longest <= most else most, self._generator),
@@ -245,8 +246,8 @@ class EditRun:
     def fingerprint(self) -> str:
         """Tells edits apart by settings, prompts and sources."""
         digest = hashlib.sha256(repr((self.config, self._prompts)).encode())
-        for index in self.particles.rounds()[0]:
-            digest.update(self.particles.source([index]).cpu().numpy().tobytes())
+        for source in ranks.source_digests(self.particles):
+            digest.update(source)
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,6 +265,8 @@ class EditRun:
     def loss(self, step: int) -> tuple[Float[Tensor, ""], StepInfo]:
         """A scalar whose gradient with respect to the particles is -w(t) phi, w(t) = sigma^2.
 
+        With several processes of this process's share of the step's particles; see `csd_2d.ranks.sum_gradients`.
+
         Steps are to be asked for in order, 0 .. config.steps - 1: the phase depends on them, and what is random is
         drawn on the way.
         """
@@ -275,34 +278,43 @@ class EditRun:
         timestep = int(torch.randint(lowest, highest + 1, (), generator=self._generator))
         alpha, sigma = prior.alpha_sigma(timestep)
 
-        x_0 = particles.render(indices)
+        division = ranks.Division(particles, indices)
+        x_0 = division.of_mine(particles.render)
         clean = x_0.detach()
-        noise = particles.noise(indices, config.noise, self._generator)
+        noise = particles.noise(indices, config.noise, self._generator)[division.mine]
         x_t = add_noise(clean, noise, alpha, sigma)
-        source_t = add_noise(particles.source(indices), noise, alpha, sigma)
-        stacks = [x_t, source_t, noise, particles.condition(indices)]
-        shares = particles.shares(indices)
-        residual = torch.cat(
-            [
-                edit_residual(
-                    prior,
-                    *(stack[rows] for stack in stacks),
-                    timestep=timestep,
-                    text=self._text,
-                    **self.guidance,
-                    baseline=config.baseline,
-                    shares=None if shares is None else shares[rows],
-                )
-                for rows in torch.arange(len(indices)).split(self._batch)  # the prior never sees more at once
-            ]
-        )
+        source_t = add_noise(division.of_mine(particles.source), noise, alpha, sigma)
+        stacks = [x_t, source_t, noise, division.of_mine(particles.condition)]
+        shares = division.of_mine(particles.shares)
+        residuals = [
+            edit_residual(
+                prior,
+                *(stack[rows] for stack in stacks),
+                timestep=timestep,
+                text=self._text,
+                **self.guidance,
+                baseline=config.baseline,
+                shares=None if shares is None else shares[rows],
+            )
+            for rows in torch.arange(len(clean)).split(self._batch)  # the prior never sees more at once
+            if len(rows)  # of images of their own a process may hold none of those drawn
+        ]
+        residual = division.gather(torch.cat([clean[:0], *residuals]))
         direction = -residual
         if config.svgd:
             kernel = RBFKernel(bandwidth_scale=config.bandwidth_scale_together if together else config.bandwidth_scale)
             compared = {"clean": clean, "low_pass": low_pass(clean), "noisy": x_t}[config.kernel_input]
             follow = config.transport in ("both", "first" if together else "second")
-            transport = particles.transport(indices) if follow else None
-            direction = svgd_direction(direction, compared, kernel, config.normalize_rows, transport)
+            direction = svgd_direction(
+                direction,
+                division.gather(compared),
+                kernel,
+                config.normalize_rows,
+                particles.transport(indices) if follow else None,
+                division.mine,
+            )
+        else:
+            direction = direction[division.mine]
         info = StepInfo(step, timestep, indices, residual.square().mean().sqrt().item())
         return surrogate_loss(x_0, direction, weight=sigma**2), info
 
@@ -321,10 +333,14 @@ class _ProgressFile:
         """Restores what the file holds; returns the step to go on with, 0 if there is no file.
 
         Raises:
-            ValueError: if the file is of another edit or cannot be read.
+            ValueError: if the file is of another edit or cannot be read, or not all processes have it.
         """
-        if not self.path.exists():
-            return 0
+        step = self._read() if self.path.exists() else 0
+        if len({*ranks.of_each(step)}) > 1:
+            raise ValueError(f"{self.path} must lie where all processes can read it; here it is at step {step}.")
+        return step
+
+    def _read(self) -> int:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             if state["edit"] != self._edit:
@@ -332,9 +348,7 @@ class _ProgressFile:
                     f"{self.path} is of an edit with another prompt, other settings or other images; give what was "
                     "given then, or delete it to begin anew."
                 )
-            with torch.no_grad():
-                for parameter, value in zip(self._run.particles.parameters(), state["parameters"], strict=True):
-                    parameter.copy_(value)
+            ranks.load_parameters(self._run.particles, state["parameters"])
             self._run.load_state_dict(state["run"])
             self._optimizer.load_state_dict(state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])
@@ -343,19 +357,29 @@ class _ProgressFile:
         return state["step"]
 
     def step_done(self, step: int) -> None:
-        if time.monotonic() - self._saved < self.SECONDS:
+        # The first process's clock counts.
+        if not ranks.of_each(time.monotonic() - self._saved >= self.SECONDS)[0]:
             return
+        parameters = ranks.whole_parameters(self._run.particles)
+        self._saved = time.monotonic()
+        if ranks.rank() == 0:
+            self._write(step, parameters)
+
+    def _write(self, step: int, parameters: list[Tensor]) -> None:
         state = {
             "edit": self._edit,
             "step": step + 1,
-            "parameters": [parameter.detach() for parameter in self._run.particles.parameters()],
+            "parameters": parameters,
             "run": self._run.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
         }
         with replacing(self.path) as temporary:
             torch.save(state, temporary)
-        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        if ranks.rank() == 0:
+            self.path.unlink(missing_ok=True)
 
 
 def edit(
@@ -369,6 +393,8 @@ def edit(
 ) -> None:
     """Edits particles in place: `EditRun` with SGD. Same seed, same bits on a CPU.
 
+    Several processes work on one edit inside `csd_2d.ranks.joined`.
+
     Args:
         particles: what to edit; their parameters change.
         prompt: the instruction, e.g. "make it night", or several; see `Prompt`.
@@ -376,11 +402,13 @@ def edit(
         on_step: called after every step; the edit ends there if it returns True.
         progress: label of a progress bar with ETA; none if None.
         resume: file that keeps the state of an edit that is interrupted, by Ctrl-C or by an error. Where it is there
-            the edit goes on from it, and ends as if it had never stopped; when the edit ends it is removed.
+            the edit goes on from it, and ends as if it had never stopped; when the edit ends it is removed. The number
+            of processes may be another one then.
 
     Raises:
         ValueError: if a prompt is empty or unknown to the prior, or `resume` holds the state of another edit.
         NonFiniteError: if latents become NaN or infinite; names the step.
+        LostRankError: if another process ends.
     """
     config = config or EditConfig()
     run = EditRun(particles, prior, prompt, config)
@@ -388,15 +416,18 @@ def edit(
     scheduler = StepLR(optimizer, config.lr_decay_every, config.lr_decay)
     progress_file = None if resume is None else _ProgressFile(resume, run, optimizer, scheduler)
     steps = range(0 if progress_file is None else progress_file.load(), config.steps)
-    bar = tqdm(steps, desc=progress, disable=progress is None, unit="step", initial=steps.start, total=steps.stop)
+    silent = progress is None or ranks.rank() > 0
+    bar = tqdm(steps, desc=progress, disable=silent, unit="step", initial=steps.start, total=steps.stop)
     for step in bar:
         loss, info = run.loss(step)
         optimizer.zero_grad()
         loss.backward()
+        ranks.sum_gradients(particles)
         optimizer.step()
         scheduler.step()
         # What was not drawn has no gradient and is what it was.
-        if not all(bool(p.isfinite().all()) for p in particles.parameters() if p.grad is not None):
+        finite = all(bool(p.isfinite().all()) for p in particles.parameters() if p.grad is not None)
+        if not all(ranks.of_each(finite)):
             raise NonFiniteError(
                 f"latents are not finite after step {step + 1} of {config.steps} (timestep {info.timestep}); lower "
                 f"lr (now {config.lr}) or the guidance scales (now "
@@ -404,7 +435,7 @@ def edit(
             )
         if progress_file is not None:
             progress_file.step_done(step)
-        if on_step is not None and on_step(info):
+        if on_step is not None and any(ranks.of_each(bool(on_step(info)))):
             break
     if progress_file is not None:
-        progress_file.path.unlink(missing_ok=True)
+        progress_file.remove()

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from csd_2d import ranks
 from csd_2d.closed_form import gaussian_blur
 from csd_2d.edit import EditConfig, StepInfo, edit
 from csd_2d.files import replacing
@@ -145,7 +146,7 @@ class ImageStack:
     """A set of images as particles, one each, and the way back.
 
     Sizes may differ; all are padded to the largest, never squeezed, and cropped again. Encoding and decoding take one
-    image at a time.
+    image at a time. Of several processes (`csd_2d.ranks`) each takes some of the images.
 
     Args:
         images: the sources, RGB in [0, 1].
@@ -153,7 +154,7 @@ class ImageStack:
         masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. Default: all.
 
     Raises:
-        ValueError: if there are no images, or masks do not fit them.
+        ValueError: if there are no images, or fewer than processes, or masks do not fit them.
     """
 
     def __init__(
@@ -167,13 +168,18 @@ class ImageStack:
             raise ValueError("there are no images to edit.")
         if masks is not None and [mask.shape[1:] for mask in masks] != [image.shape[1:] for image in images]:
             raise ValueError("there must be one mask for each image, of its size.")
-        self._images, self._prior, self._masks = images, prior, masks
-        self._size = common_size([image.shape[-2:] for image in images], prior.cell)
+        self._prior, self._size = prior, common_size([image.shape[-2:] for image in images], prior.cell)
+        self._shapes = [image.shape for image in images]
+        held = ranks.held(len(images))
+        mine = slice(held.start, held.stop)
+        self._images, self._masks = images[mine], None if masks is None else masks[mine]
         self.particles = LatentStack(
-            self._encoded(prior.encode, images),
-            condition=self._encoded(prior.condition, images),
-            start=None if start is None else self._encoded(prior.encode, start),
-            mask=None if masks is None else self._encoded(lambda mask: cell_mask(mask, prior.cell), masks),
+            self._encoded(prior.encode, self._images),
+            condition=self._encoded(prior.condition, self._images),
+            start=None if start is None else self._encoded(prior.encode, start[mine]),
+            mask=None if self._masks is None else self._encoded(lambda mask: cell_mask(mask, prior.cell), self._masks),
+            held=held,
+            count=len(self._shapes),
         )
 
     @torch.no_grad()
@@ -182,14 +188,14 @@ class ImageStack:
 
     @torch.no_grad()
     def decode(self) -> list[Float[Tensor, "3 _ _"]]:
-        """The images as edited, on the CPU, in the sources' sizes."""
-        decoded = (self._prior.decode(self.particles.render([i]))[0].cpu() for i in range(len(self._images)))
+        """The images as edited, on the CPU, in the sources' sizes; of several processes the first gets all of them."""
+        decoded = (self._prior.decode(self.particles.render([i]))[0].cpu() for i in self.particles.held)
         edited = [
             out[:, : image.shape[-2], : image.shape[-1]] for out, image in zip(decoded, self._images, strict=True)
         ]
-        if self._masks is None:
-            return edited
-        return [torch.lerp(*rows) for rows in zip(self._images, edited, self._masks, strict=True)]
+        if self._masks is not None:
+            edited = [torch.lerp(*rows) for rows in zip(self._images, edited, self._masks, strict=True)]
+        return ranks.to_first(edited, self._shapes)
 
 
 def edit_images(
@@ -209,7 +215,7 @@ def edit_images(
         stack: start, masks; see `ImageStack`.
 
     Returns:
-        The edited images on the CPU, in the sources' sizes.
+        The edited images on the CPU, in the sources' sizes; of several processes the first gets all of them.
 
     Raises:
         ValueError: as `ImageStack` and `edit` raise.

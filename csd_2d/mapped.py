@@ -44,7 +44,7 @@ class MappedStack(LatentStack):
     """A `LatentStack` in files. Only what is drawn is in memory, and on the device.
 
     Args:
-        source, condition, start, mask: see `LatentStack`; `start` is edited in place.
+        source, condition, start, mask, held, count: see `LatentStack`; `start` is edited in place.
     """
 
     def __init__(
@@ -54,10 +54,18 @@ class MappedStack(LatentStack):
         start: TensorFile,
         mask: TensorFile | None,
         device: str | torch.device,
+        held: range,
+        count: int,
     ) -> None:
         self._files = [file for file in (source, condition, start, mask) if file is not None]
         super().__init__(
-            source.map(), condition.map(), start.map(), None if mask is None else mask.map(), device=device
+            source.map(),
+            condition.map(),
+            start.map(),
+            None if mask is None else mask.map(),
+            device=device,
+            held=held,
+            count=count,
         )
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:

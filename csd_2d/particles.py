@@ -90,6 +90,8 @@ class LatentStack:
         shares: where each of several prompts applies, see `edit_residual`. Default: there is one prompt.
         transport: see `Particles.transport`. Default: nothing is known of it.
         device: where the particles that are drawn go. Default: where `source` lies.
+        held, count: which particles these are, of how many, where other processes hold the others (`csd_2d.ranks`);
+            indices are those of the whole. Default: all.
     """
 
     def __init__(
@@ -101,8 +103,12 @@ class LatentStack:
         shares: Float[Tensor, "n prompts _ _"] | None = None,
         transport: Callable[[Sequence[int]], Transport] | None = None,
         device: str | torch.device | None = None,
+        held: range | None = None,
+        count: int | None = None,
     ) -> None:
         self._device = source.device if device is None else device
+        self.held = range(len(source)) if held is None else held
+        self._count = len(self.held) if count is None else count
         self._source = source.detach().float()
         self._condition = condition.detach()
         self._mask = mask
@@ -114,7 +120,7 @@ class LatentStack:
         self._parameters = [nn.Parameter(latent) for latent in self.latents]
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return self._count
 
     @property
     def default_batch(self) -> int:
@@ -124,13 +130,15 @@ class LatentStack:
         return [list(range(len(self)))]
 
     def _drawn(self, stack: Tensor, indices: Sequence[int]) -> Tensor:
-        return stack[list(indices)].to(self._device)
+        return stack[[self.held.index(index) for index in indices]].to(self._device)
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        latents = torch.stack([self._parameters[i] for i in indices]).to(self._device)
+        latents: list[Tensor] = [self._parameters[self.held.index(index)] for index in indices]
+        # A process that holds none of those drawn still takes part in the backward pass.
+        drawn = (torch.stack(latents) if latents else self._parameters[0][None][:0]).to(self._device)
         if self._mask is None:
-            return latents
-        return torch.where(self._drawn(self._mask, indices), latents, self.source(indices))
+            return drawn
+        return torch.where(self._drawn(self._mask, indices), drawn, self.source(indices))
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._drawn(self._source, indices)
@@ -142,7 +150,8 @@ class LatentStack:
         return None if self._shares is None else self._drawn(self._shares, indices)
 
     def noise(self, indices: Sequence[int], mode: NoiseMode, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-        return stack_noise(self.source(indices), mode, generator)
+        # Drawn for those that other processes hold, too, so that all draw the same.
+        return stack_noise(self._drawn(self._source, self.held[:1]).expand(len(indices), -1, -1, -1), mode, generator)
 
     def transport(self, indices: Sequence[int]) -> Transport | None:
         return None if self._transport is None else self._transport(indices)

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from csd_2d import ranks
 from csd_2d.edit import EditConfig, StepInfo, edit
 from csd_2d.files import replacing
 from csd_2d.images import (
@@ -125,7 +126,8 @@ def edit_video(
         scratch: folder for the files of the latents; they have no name and vanish by themselves. Default: the system's.
 
     Returns:
-        The clip, whose frames are decoded from the latents each time they are gone through.
+        The clip, whose frames are decoded from the latents each time they are gone through; of several processes
+        (`csd_2d.ranks`) the first's.
 
     Raises:
         ValueError: if there are no frames, if masks do not fit them, if they differ in size and there are to be
@@ -142,12 +144,13 @@ def edit_video(
         keys = _checked_keys(sizes, keyframes)
     stack = _encoded(clip.frames, masks, keys, prior, common_size(sizes, prior.cell), progress, scratch)
     edit(stack, prior, prompt, config, on_step, progress, resume)
+    gathered = _gathered(stack)
 
+    @torch.no_grad()
     def decoded() -> Iterator[Tensor]:
         for row, (height, width) in enumerate(sizes[key] for key in keys):
-            with torch.no_grad():
-                image = prior.decode(stack.render([row]))[0].cpu()
-            yield image[:, :height, :width]
+            latent = gathered[row][None].to(prior.device) if gathered else stack.render([row])
+            yield prior.decode(latent)[0, :, :height, :width].cpu()
 
     def all_frames() -> Iterator[Tensor]:
         if keyframes == 1:
@@ -178,6 +181,15 @@ def _checked_keys(sizes: Sequence[Size], every: int) -> list[int]:
 
 
 @torch.no_grad()
+def _gathered(stack: MappedStack) -> list[Tensor]:
+    """The edited latents that several processes hold, on the first; none if there is one process, which holds them."""
+    if ranks.size() == 1:
+        return []
+    mine = [stack.render([index])[0] for index in stack.held]
+    return ranks.to_first(mine, [mine[0].shape] * len(stack))
+
+
+@torch.no_grad()
 def _encoded(
     frames: Sequence[Tensor],
     masks: Sequence[Tensor] | None,
@@ -187,9 +199,10 @@ def _encoded(
     progress: str | None,
     scratch: Path | None,
 ) -> MappedStack:
-    """Latents of some frames, padded to one size; one frame at a time is in memory."""
+    """Latents of some frames, padded to one size; one frame at a time is in memory. Each process holds some of them."""
     source, condition, start, allowed = (TensorFile(scratch) for _ in range(4))
-    keyed = set(keys)
+    held = ranks.held(len(keys))
+    keyed = set(keys[held.start : held.stop])
     bar = tqdm(frames, "reading", disable=progress is None, leave=False, unit="frame")
     for index, (frame, mask) in enumerate(zip(bar, [None] * len(frames) if masks is None else masks, strict=True)):
         if index not in keyed:
@@ -203,7 +216,7 @@ def _encoded(
             if mask.shape[1:] != frame.shape[1:]:
                 raise ValueError("there must be one mask for each frame, of its size.")
             allowed.append(cell_mask(pad(mask[None], *size), prior.cell)[0])
-    return MappedStack(source, condition, start, None if masks is None else allowed, prior.device)
+    return MappedStack(source, condition, start, None if masks is None else allowed, prior.device, held, len(keys))
 
 
 def read_clip(path: Path, start: float = 0.0, end: float | None = None) -> Clip:

@@ -1,0 +1,142 @@
+"""Several processes on one edit: real ones, that exchange over gloo, against the same edit in one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from csd_2d import ranks, svgd_direction
+from csd_2d.images import read_image, write_image
+from csd_2d.kernels import RBFKernel
+from tests.ranks_child import edits, frames_stack, long_canvas, long_edit, smooth
+
+
+def run(size: int, *arguments: object) -> list[subprocess.CompletedProcess]:
+    """As torchrun starts them, less torchrun, which takes a while."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ranks_child", *map(str, arguments)]
+    started = [
+        subprocess.Popen(
+            command, env={**os.environ, **address, "RANK": str(rank)}, stderr=subprocess.PIPE, cwd=Path.cwd(), text=True
+        )
+        for rank in range(size)
+    ]
+    return [
+        subprocess.CompletedProcess(command, process.returncode, stderr=errors)
+        for process in started
+        for _, errors in [process.communicate(timeout=300)]
+    ]
+
+
+def succeeded(processes: list[subprocess.CompletedProcess]) -> None:
+    for process in processes:
+        assert process.returncode == 0, process.stderr
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def several(request, tiny_pipeline_folder, tmp_path_factory):
+    file = tmp_path_factory.mktemp("ranks") / "results.pt"
+    succeeded(run(request.param, "edits", file, tiny_pipeline_folder))
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("name", edits(""))
+def test_several_processes_give_the_result_of_one(several, tiny_pipeline_folder, name):
+    alone = edits(str(tiny_pipeline_folder))[name]()
+    assert len(several[name]) == len(alone)
+    for ours, expected in zip(several[name], alone, strict=True):
+        # Sums in another order: a few units in the last place of fp32.
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_each_process_holds_its_own_images_only(several):
+    assert several["held"] in ([2, 3], [1, 2, 2])
+
+
+@pytest.mark.parametrize(("what", "noticed"), [("die", "ended"), ("hang", "did not answer")])
+def test_a_process_that_is_lost_ends_the_others_and_leaves_what_was_finished(tmp_path, what, noticed):
+    file = tmp_path / "state"
+    processes = run(2, what, file)
+    assert processes[1].returncode == -signal.SIGKILL if what == "die" else processes[1].returncode != 0
+    assert processes[0].returncode == 1
+    (message,) = [line for line in processes[0].stderr.splitlines() if "LostRankError" in line]
+    assert noticed in message and "--resume goes on" in message
+
+    whole, resumed, steps = frames_stack(), frames_stack(), []
+    long_edit(whole, tmp_path / "other")
+    long_edit(resumed, file, lambda info: steps.append(info.step))
+    assert steps == list(range(5, 12))
+    torch.testing.assert_close(resumed.latents, whole.latents, atol=1e-6, rtol=0)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("particles", [frames_stack, long_canvas])
+def test_what_one_process_began_several_end(tmp_path, particles):
+    class Stop(Exception):
+        pass
+
+    def stop(info):
+        if info.step == 3:
+            raise Stop
+
+    file = tmp_path / "state"
+    whole = particles()
+    long_edit(whole, tmp_path / "other")
+    with pytest.raises(Stop):
+        long_edit(particles(), file, stop)
+    succeeded(run(2, "resume stack" if particles is frames_stack else "resume canvas", file))
+    result = torch.load(f"{file}.result", weights_only=True)
+    assert result["steps"] == list(range(4, 12))
+    torch.testing.assert_close(result["latents"], next(iter(whole.parameters())).detach(), atol=1e-6, rtol=0)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("too few", "2 processes are more than the 1 images to edit"), ("not finite", "latents are not finite after")],
+)
+def test_an_error_of_the_edit_is_that_of_all_processes(tmp_path, what, message):
+    for process in run(2, what, tmp_path / "none"):
+        assert process.returncode == 1
+        assert message in process.stderr.splitlines()[-1]
+
+
+def test_torchrun_and_the_command_line(tmp_path):
+    write_image(smooth(20, 30), tmp_path / "in.png")
+    arguments = [tmp_path / "in.png", "--prompt", "make it night", "--prior", "analytic", "--steps", "5"]
+    command = ["-m", "csd_2d.cli", "panorama", *map(str, arguments)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    together = subprocess.run([*torchrun, *command, tmp_path / "two.png"], capture_output=True, text=True)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("wrote") == 1
+    assert together.stderr.count("5/5") == 1  # one progress bar
+    subprocess.run([sys.executable, *command, tmp_path / "one.png"], check=True, capture_output=True)
+    assert torch.equal(read_image(tmp_path / "two.png"), read_image(tmp_path / "one.png"))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"in.png", "one.png", "two.png"}
+
+
+@pytest.mark.parametrize("normalize_rows", [True, False])
+def test_some_rows_of_the_direction_are_those_of_the_whole(normalize_rows):
+    generator = torch.Generator().manual_seed(0)
+    scores, particles = torch.randn(2, 5, 2, 3, 3, generator=generator)
+    whole = svgd_direction(scores, particles, RBFKernel(), normalize_rows)
+    for rows in ([3, 0], [], slice(1, 4)):
+        some = svgd_direction(scores, particles, RBFKernel(), normalize_rows, rows)
+        torch.testing.assert_close(some, whole[rows])
+
+
+@pytest.mark.parametrize("size", range(1, 6))
+def test_shares_are_disjoint_cover_all_and_are_alike(monkeypatch, size):
+    monkeypatch.setattr(ranks, "size", lambda: size)
+    for count in range(12):
+        shares = [ranks.share(count, rank) for rank in range(size)]
+        assert [index for share in shares for index in share] == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -1,0 +1,129 @@
+"""What `tests/csd_2d/test_ranks.py` runs in processes of its own: python -m tests.ranks_child WHAT FILE [MODEL]."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from csd_2d import CanvasCrops, EditConfig, LatentStack, edit, load_preset, load_prior, ranks
+from csd_2d.edit import _ProgressFile
+from csd_2d.images import ImageStack, edit_images
+from csd_2d.panorama import edit_panorama
+from csd_2d.priors import Prior
+from csd_2d.priors.analytic import AnalyticPrior
+
+STEPS = 6
+
+
+class SmallWindow(AnalyticPrior):
+    """Crops of 16 px, so that a small picture has many of them."""
+
+    window = 16
+
+
+def smooth(height: int, width: int, seed: int = 0) -> Tensor:
+    coarse = torch.rand(1, 3, 3, 5, generator=torch.Generator().manual_seed(seed)) * 0.7 + 0.15
+    return F.interpolate(coarse, (height, width), mode="bilinear")[0]
+
+
+def _half(image: Tensor) -> Tensor:
+    mask = torch.zeros(1, *image.shape[1:])
+    mask[..., : image.shape[-1] // 2] = 1
+    return mask
+
+
+def edits(model: str) -> dict[str, Callable[[], list[Tensor]]]:
+    """Edits by name; `model` is a folder with an InstructPix2Pix."""
+    frames = [smooth(20, 30 - i, i) for i in range(7)]
+    wide, small = smooth(23, 61), smooth(16, 16)
+    paper, default = EditConfig(**{**vars(load_preset("paper")), "steps": STEPS}), EditConfig(steps=STEPS)
+    # On random weights guidance of 7.5 diverges: their estimates are not those of a denoiser.
+    calm = EditConfig(steps=3, guidance_scale=1.5, lr=0.1)
+
+    def images(config: EditConfig, prior: Prior | None = None, **options) -> list[Tensor]:
+        return edit_images(frames, prior or AnalyticPrior(), "make it night", config, **options)
+
+    def diffusers() -> Prior:
+        return load_prior(model, micro_batch=1)  # how a U-Net rounds depends on the rows it takes at once
+
+    def panorama(image: Tensor, config: EditConfig, **options) -> list[Tensor]:
+        return [edit_panorama(image, SmallWindow(), "make it night", config, **options)]
+
+    return {
+        "images": lambda: images(default),
+        "images, of which few are drawn": lambda: images(EditConfig(steps=STEPS, together=0.2, batch=2)),
+        "images, paper": lambda: images(paper),
+        "images, no svgd, shared noise": lambda: images(EditConfig(steps=STEPS, svgd=False, noise="shared")),
+        "images, masks": lambda: images(default, masks=[_half(frame) for frame in frames]),
+        "images, diffusers": lambda: images(calm, diffusers()),
+        "panorama": lambda: panorama(wide, default),
+        "panorama, paper": lambda: panorama(wide, paper, fade=False, stride=4),
+        "panorama, wrapped, one noise": lambda: panorama(wide, EditConfig(steps=STEPS, noise="canvas"), wrap=True),
+        "panorama of fewer crops than processes": lambda: panorama(small, default),
+        "panorama, diffusers, two prompts": lambda: [
+            edit_panorama(smooth(70, 150), diffusers(), ["it", "make it"], calm)
+        ],
+    }
+
+
+def frames_stack(count: int = 5) -> LatentStack:
+    return ImageStack([smooth(12, 10, i) for i in range(count)], AnalyticPrior()).particles
+
+
+def long_edit(particles, file: Path, on_step=None) -> None:
+    """An edit that keeps its state after every step."""
+    _ProgressFile.SECONDS = 0.0
+    edit(particles, AnalyticPrior(), "paint it a new color", EditConfig(steps=12, batch=3), on_step, resume=file)
+
+
+def long_canvas() -> CanvasCrops:
+    source = 2 * smooth(16, 40)[None] - 1
+    return CanvasCrops(source, source, 16, 8)
+
+
+def main() -> None:
+    what, file, *model = sys.argv[1:]
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=5 if what == "hang" else 120)
+    with ranks.joined(timeout):
+        if what == "edits":
+            results = {name: run() for name, run in edits(*model).items()}
+            held = ranks.of_each(len(frames_stack().latents))
+            if ranks.rank() == 0:
+                torch.save({"held": held, **results}, file)
+            else:
+                assert not results["images"]
+        elif what in ("die", "hang"):
+
+            def fail(info) -> None:
+                if ranks.rank() == 1 and info.step == 4:
+                    os.kill(os.getpid(), signal.SIGKILL) if what == "die" else time.sleep(60)
+
+            long_edit(frames_stack(), Path(file), fail)
+        elif what in ("resume stack", "resume canvas"):
+            particles = frames_stack() if what == "resume stack" else long_canvas()
+            steps = []
+            long_edit(particles, Path(file), lambda info: steps.append(info.step))
+            whole = ranks.whole_parameters(particles)[0]
+            if ranks.rank() == 0:
+                torch.save({"steps": steps, "latents": whole}, f"{file}.result")
+        elif what == "too few":
+            frames_stack(1)
+        elif what == "not finite":
+            latents = torch.rand(2, 3, 4, 4)
+            latents[1] = torch.nan  # on the second process only
+            held = ranks.held(2)
+            mine = latents[list(held)]
+            particles = LatentStack(mine, mine, held=held, count=2)
+            edit(particles, AnalyticPrior(), "make it night", EditConfig(svgd=False))
+
+
+if __name__ == "__main__":
+    main()
