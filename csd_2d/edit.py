@@ -350,7 +350,7 @@ class _ProgressFile:
                 )
             ranks.load_parameters(self._run.particles, state["parameters"])
             self._run.load_state_dict(state["run"])
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.param_groups[0]["lr"] = state["lr"]  # SGD keeps nothing else
             self._scheduler.load_state_dict(state["scheduler"])
         except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} cannot be read as the state of an edit; delete it to begin anew.") from error
@@ -371,7 +371,7 @@ class _ProgressFile:
             "step": step + 1,
             "parameters": parameters,
             "run": self._run.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "lr": self._optimizer.param_groups[0]["lr"],
             "scheduler": self._scheduler.state_dict(),
         }
         with replacing(self.path) as temporary:

@@ -11,6 +11,7 @@ Everything it learns from is drawn on the fly. OUT receives a sample sheet and a
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportPrivateImportUsage=false
 
+import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -549,8 +550,12 @@ def run_recipe(config: RecipeConfig) -> Path:
     folder = config.output / "model"
     with replacing(folder) as temporary:
         pipeline.save_pretrained(temporary, safe_serialization=True)
-        # transformers notes in the settings of a tokenizer it loaded where that came from.
+        # Both libraries note in what they loaded where that came from.
         shutil.copytree(config.output / "tokenizer", temporary / "tokenizer", dirs_exist_ok=True)
+        for path in temporary.glob("*/config.json"):
+            settings = json.loads(path.read_text())
+            settings.pop("_name_or_path", None)
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return folder
 
 

@@ -129,7 +129,7 @@ def test_some_rows_of_the_direction_are_those_of_the_whole(normalize_rows):
     scores, particles = torch.randn(2, 5, 2, 3, 3, generator=generator)
     whole = svgd_direction(scores, particles, RBFKernel(), normalize_rows)
     for rows in ([3, 0], [], slice(1, 4)):
-        some = svgd_direction(scores, particles, RBFKernel(), normalize_rows, rows)
+        some = svgd_direction(scores, particles, RBFKernel(), normalize_rows, rows=rows)
         torch.testing.assert_close(some, whole[rows])
 
 

@@ -27,7 +27,7 @@ def in_files(latents: torch.Tensor) -> MappedStack:
     for latent in latents:
         for file in files:
             file.append(latent)
-    return MappedStack(files[0], files[1], files[2], None, "cpu")
+    return MappedStack(files[0], files[1], files[2], None, "cpu", range(len(latents)), len(latents))
 
 
 class Watched(Streamed):
