@@ -1,5 +1,6 @@
 """What priors on diffusers' pipelines share: loading, where the networks live, the autoencoder, micro-batches."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from csd_2d.csd import Branch
 from csd_2d.priors.schedules import Schedule
 from csd_2d.tiles import in_tiles
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
     from typing_extensions import Self
 
 HUB_TIMEOUT = 5.0
@@ -72,10 +73,11 @@ def pipeline_class_of(model: str | Path, local_files_only: bool = False) -> str:
     Raises:
         OSError: if that cannot be downloaded or read.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     with _reading(model, "a", local_files_only) as keep_local:
-        return str(DiffusionPipeline.load_config(str(model), local_files_only=keep_local)["_class_name"])
+        index: Any = DiffusionPipeline.load_config(str(model), local_files_only=keep_local)
+        return str(index["_class_name"])
 
 
 class PooledText(NamedTuple):
@@ -85,7 +87,7 @@ class PooledText(NamedTuple):
     pooled: Float[Tensor, "prompts pooled_features"]
 
 
-class DiffusersPrior:
+class DiffusersPrior(ABC):
     """Networks of a diffusers pipeline; subclasses say how they are asked for a noise estimate.
 
     Args:
@@ -111,12 +113,13 @@ class DiffusersPrior:
 
     window: int
     cell: int
+    guidance_scale: float
+    image_guidance_scale: float
     schedule: Schedule
-    vae: Any
 
     def __init__(
         self,
-        pipeline: "DiffusionPipeline",
+        pipeline: Any,
         device: str | torch.device = "cpu",
         offload: bool = False,
         micro_batch: int = 8,
@@ -133,6 +136,7 @@ class DiffusersPrior:
         self._shift: float = self.vae.config.shift_factor or 0.0
         self._vae_cell = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._setup(pipeline)
+        self.num_timesteps = self.schedule.num_timesteps
         for network in (*self._text_encoders(pipeline), self.vae, self.denoiser):
             network.requires_grad_(False).eval()
             network.to("cpu" if offload else self.device)
@@ -174,17 +178,34 @@ class DiffusersPrior:
         return cls(pipeline, device, offload, micro_batch, **options)
 
     @property
-    def denoiser(self) -> "ModelMixin":
+    @abstractmethod
+    def denoiser(self) -> Any:
         """The network that estimates noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _setup(self, pipeline: Any) -> None:
         """Takes from a pipeline what noise estimates need: networks, schedule, window, cell."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _problem(self, pipeline: Any) -> str | None:
         """Why a pipeline that loads is not of the kind the prior needs; None if it is."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n _ h w"]:
+        """See `Prior`, as for the next two."""
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> Any: ...
+
+    @abstractmethod
+    def noise_estimate(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        timestep: int,
+        condition: Float[Tensor, "b _ h w"],
+        text: Any,
+        branches: Sequence[Branch],
+    ) -> Float[Tensor, "b c h w"]: ...
 
     def _text_encoders(self, pipeline: Any) -> list[Any]:
         return [pipeline.text_encoder]
@@ -219,7 +240,7 @@ class DiffusersPrior:
 
     @contextmanager
     def _loaded(self, *networks: nn.Module) -> Iterator[None]:
-        """With `offload`: the networks are on the device inside the block. The denoiser stays until others are needed."""
+        """With `offload`: the networks are on the device inside; the denoiser stays until others are needed."""
         if not self.offload:
             yield
             return
@@ -258,10 +279,6 @@ class DiffusersPrior:
 
     def alpha_sigma(self, timestep: int) -> tuple[float, float]:
         return self.schedule.alpha_sigma(timestep)
-
-    @property
-    def num_timesteps(self) -> int:
-        return self.schedule.num_timesteps
 
     def _in_micro_batches(self, network: Callable[..., Tensor], *rows: Tensor) -> Tensor:
         """A function of rows, applied to `micro_batch` of them at a time with the denoiser on the device."""

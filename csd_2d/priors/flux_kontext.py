@@ -1,7 +1,7 @@
 """FLUX.1 Kontext (Labs et al. 2025, arXiv 2506.15742), a flow-matching editor, as a prior on diffusers' components."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,6 @@ from csd_2d.csd import Branch
 from csd_2d.priors.diffusers_model import DiffusersPrior, PooledText, check_length
 from csd_2d.priors.schedules import FlowSchedule
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
 
 class FluxKontextPrior(DiffusersPrior):
     """Noise estimates of FLUX.1 Kontext's transformer: noise = x_t + (1 - s) v at flow time s.
@@ -23,9 +20,9 @@ class FluxKontextPrior(DiffusersPrior):
     latent cell is such a token, 64 channels and 16 px, so that crops and images of any whole number of cells fit.
 
     A prompt's branch sees prompt and image, "image" the empty prompt and the image, "uncond" the empty prompt and no
-    image tokens at all, which is how the model makes images from text. Guidance was distilled into the model: it is told
-    a guidance scale, the same in every branch, and both scales of eq. 3 are 1 by default. A text guidance scale above 1
-    is guidance on top of it, diffusers' `true_cfg_scale` with an empty negative prompt.
+    image tokens at all, which is how the model makes images from text. Guidance was distilled into the model: it is
+    told a guidance scale, the same in every branch, and both scales of eq. 3 are 1 by default. A text guidance scale
+    above 1 is guidance on top of it, diffusers' `true_cfg_scale` with an empty negative prompt.
 
     Args:
         pipeline, device, offload, micro_batch: see `DiffusersPrior`.
@@ -48,7 +45,7 @@ class FluxKontextPrior(DiffusersPrior):
 
     def __init__(
         self,
-        pipeline: "DiffusionPipeline",
+        pipeline: Any,
         device: str | torch.device = "cpu",
         offload: bool = False,
         micro_batch: int = 8,
@@ -136,7 +133,7 @@ class FluxKontextPrior(DiffusersPrior):
         embeddings: Float[Tensor, "b words features"],
         pooled: Float[Tensor, "b pooled_features"],
     ) -> Float[Tensor, "b c h w"]:
-        """The velocity of the first of the pictures; each token is told its picture's number, its row and its column."""
+        """The velocity of the first picture; each token is told its picture's number, its row and its column."""
         transformer = self.transformer
         count, height, width = pictures.shape[1], *pictures.shape[-2:]
         places = torch.cartesian_prod(*(torch.arange(size, device=self.device) for size in (count, height, width)))

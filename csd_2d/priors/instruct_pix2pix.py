@@ -60,8 +60,8 @@ class InstructPix2PixXLPrior(XL, InstructPix2PixPrior):
     """InstructPix2Pix on Stable Diffusion XL, as in diffusers' `StableDiffusionXLInstructPix2PixPipeline`.
 
     CosXL-Edit, too: an EDM schedule with v prediction, and a source image that *is* multiplied by the VAE's scaling
-    factor. It is known by the pipeline's `is_cosxl_edit` or by its schedule, for diffusers 0.42 forgets the first when a
-    pipeline is saved.
+    factor. It is known by the pipeline's `is_cosxl_edit` or by its schedule, for diffusers 0.42 forgets the first when
+    a pipeline is saved.
 
     Args: see `DiffusersPrior`.
     """

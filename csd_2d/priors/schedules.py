@@ -1,16 +1,13 @@
-"""Noise schedules of diffusers' schedulers, each brought to x_t = alpha x_0 + sigma noise and an estimate of that noise.
+"""Noise schedules of diffusers' schedulers, brought to x_t = alpha x_0 + sigma noise and an estimate of that noise.
 
 Schedulers are read once and never stepped: CSD draws single timesteps in any order.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 
 class Schedule(Protocol):
@@ -40,7 +37,7 @@ class VariancePreservingSchedule:
     arXiv 2202.00512, appendix D).
     """
 
-    def __init__(self, scheduler: "SchedulerMixin") -> None:
+    def __init__(self, scheduler: Any) -> None:
         self.alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
         self.num_timesteps = len(self.alphas_cumprod)
         self._predicts_v = scheduler.config.get("prediction_type") == "v_prediction"
@@ -68,7 +65,7 @@ class EDMSchedule:
     weight sigma^2 would leave every bound. Timesteps are the scheduler's own noise levels, the lowest first.
     """
 
-    def __init__(self, scheduler: "EDMEulerScheduler") -> None:
+    def __init__(self, scheduler: Any) -> None:
         self._scheduler = type(scheduler).from_config(scheduler.config)  # setting its timesteps leaves the original be
         self._scheduler.set_timesteps(scheduler.config["num_train_timesteps"])
         self._levels = self._scheduler.sigmas[:-1].flip(0).double()
@@ -102,7 +99,7 @@ class FlowSchedule:
         tokens: how many tokens an image of the model's size has, which the shift depends on.
     """
 
-    def __init__(self, scheduler: "FlowMatchEulerDiscreteScheduler", tokens: int) -> None:
+    def __init__(self, scheduler: Any, tokens: int) -> None:
         from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")

@@ -1,7 +1,7 @@
 """Text-to-image Stable Diffusion as a prior: edits from a source to a target prompt, and images from text alone."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,6 @@ from csd_2d.csd import Branch
 from csd_2d.priors import DEFAULT_TEXT_TO_IMAGE
 from csd_2d.priors.diffusers_model import PooledText
 from csd_2d.priors.unet import XL, UNetPrior
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 
 class TextToImagePrior(UNetPrior):
@@ -49,7 +46,7 @@ class TextToImagePrior(UNetPrior):
 
     def __init__(
         self,
-        pipeline: "DiffusionPipeline",
+        pipeline: Any,
         device: str | torch.device = "cpu",
         offload: bool = False,
         micro_batch: int = 8,

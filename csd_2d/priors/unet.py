@@ -1,5 +1,6 @@
 """Stable Diffusion's U-Nets and text encoders, of the first generations and XL."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,8 +16,8 @@ from csd_2d.priors.schedules import EDMSchedule, VariancePreservingSchedule
 class UNetPrior(DiffusersPrior):
     """Noise estimates of Stable Diffusion's U-Net. Subclasses say what stands beside x_t, and which text a branch sees.
 
-    The schedule is the scheduler's own: variance preserving, or EDM where it is preconditioned. Epsilon and v prediction
-    are both understood.
+    The schedule is the scheduler's own: variance preserving, or EDM where it is preconditioned. Epsilon and v
+    prediction are both understood.
     """
 
     input_parts: ClassVar[tuple[str, ...]] = ("noisy latents",)
@@ -65,20 +66,21 @@ class UNetPrior(DiffusersPrior):
         check_length(prompts, self.tokenizer, self.tokenizer.model_max_length - 2)  # start and end mark
         return self._embed(prompts)
 
-    def _embed(self, prompts: Sequence[str]) -> Float[Tensor, "prompts+1 tokens features"]:
+    def _embed(self, prompts: Sequence[str]) -> Any:
+        """Encoded prompts, and the empty one behind them."""
         longest = self.tokenizer.model_max_length
         tokens = self.tokenizer([*prompts, ""], padding="max_length", max_length=longest, return_tensors="pt").input_ids
         with self._loaded(self.text_encoder):
             return self.text_encoder(tokens.to(self.device))[0]
 
+    @abstractmethod
     def _beside(
         self, x_t: Float[Tensor, "b c h w"], condition: Float[Tensor, "b _ h w"], branches: Sequence[Branch]
     ) -> Float[Tensor, "b _ h w"]:
         """The channels that the U-Net sees beside x_t."""
-        raise NotImplementedError
 
-    def _estimate(self, rows: Tensor, time: float, embeddings: Tensor) -> Tensor:
-        return self.unet(rows, time, encoder_hidden_states=embeddings).sample
+    def _estimate(self, rows: Tensor, time: float, *text: Tensor) -> Tensor:
+        return self.unet(rows, time, encoder_hidden_states=text[0]).sample
 
     @torch.no_grad()
     def noise_estimate(
@@ -99,7 +101,7 @@ class UNetPrior(DiffusersPrior):
 
 
 class XL(UNetPrior):
-    """Mixed into a U-Net prior: Stable Diffusion XL's two text encoders and sizes (Podell et al. 2023, arXiv 2307.01952).
+    """Mixed into a U-Net prior: the two text encoders and the sizes of Stable Diffusion XL (arXiv 2307.01952).
 
     The U-Net is told that the image was neither scaled nor cropped: original and target size are what it is given. The
     empty prompt is all zeros where the model was trained so. A VAE that overflows in float16 stays in float32.
@@ -116,10 +118,15 @@ class XL(UNetPrior):
 
     def _embed(self, prompts: Sequence[str]) -> PooledText:
         with self._loaded(*self._text_encoders(self._pipeline)):
-            text, negative, pooled, pooled_negative = self._pipeline.encode_prompt(list(prompts), device=self.device)
-        return PooledText(torch.cat([text, negative[:1]]), torch.cat([pooled, pooled_negative[:1]]))
+            embeddings, _, pooled, _ = self._pipeline.encode_prompt(
+                [*prompts, ""], device=self.device, do_classifier_free_guidance=False
+            )
+        if self._pipeline.config.force_zeros_for_empty_prompt:
+            embeddings[-1], pooled[-1] = 0, 0
+        return PooledText(embeddings, pooled)
 
-    def _estimate(self, rows: Tensor, time: float, embeddings: Tensor, pooled: Tensor) -> Tensor:
+    def _estimate(self, rows: Tensor, time: float, *text: Tensor) -> Tensor:
+        embeddings, pooled = text
         height, width = (self.cell * size for size in rows.shape[-2:])
         sizes = rows.new_tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(len(rows), -1)
         added = {"text_embeds": pooled, "time_ids": sizes}
