@@ -16,6 +16,7 @@ import tyro
 from csd_2d import ranks
 from csd_2d.edit import EditConfig, check_prompt, load_preset
 from csd_2d.errors import one_sentence
+from csd_2d.generate import GENERATE, generate
 from csd_2d.images import IMAGE_SUFFIXES, read_image, read_mask, write_image
 from csd_2d.priors import DEFAULT_MODEL, Prior, check_prior, load_prior
 
@@ -31,8 +32,11 @@ class PriorOptions:
 
     prior: str | None = None
     """`tiny` (ships with csd: 64 px windows, a fixed list of instructions), `ip2p` (InstructPix2Pix from the hub,
-    follows any), `analytic` (exact scores of closed-form edits), a folder with a diffusers InstructPix2Pix pipeline, or
-    a hub id. Default: ip2p where there is a CUDA device, tiny elsewhere."""
+    follows any), `analytic` (exact scores of closed-form edits), `sd` (text-to-image Stable Diffusion), or a folder or
+    hub id with a diffusers pipeline: InstructPix2Pix, also XL or CosXL-Edit, Stable Diffusion, also XL, or FLUX.1
+    Kontext. Default: ip2p where there is a CUDA device, tiny elsewhere; of `csd generate` sd."""
+    source_prompt: str | None = None
+    """What the images show, for text-to-image models; the prompt then says what they shall show."""
     device: str | None = None
     """Torch device. Default: cuda where there is one, else cpu."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -43,36 +47,46 @@ class PriorOptions:
     """Keep the parts of the model that are not at work in main memory."""
     local_files_only: bool = False
     """Do not ask the hub, even for a model that is not here."""
+    compile: bool = False
+    """Have torch.compile make the model faster. The first steps then take minutes."""
+    attention: str | None = None
+    """How FLUX computes attention: a backend of diffusers, e.g. flash or sage, which has to be installed."""
 
-    def load(self, prompts: Sequence[str]) -> Prior:
+    def load(self, prompts: Sequence[str], default: str | None = None) -> Prior:
         import torch
 
         check_prompt(prompts)  # before minutes go into loading a model
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        name = self.prior or ("ip2p" if device.startswith("cuda") else "tiny")
+        name = self.prior or default or ("ip2p" if device.startswith("cuda") else "tiny")
         if self.prior is None and ranks.rank() == 0:
             print(f"prior: {name} on {device} (--prior chooses another)", file=sys.stderr)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         for prompt in prompts:
             check_prior(name, prompt)
-        return load_prior(name, device, dtype, self.micro_batch, self.offload, self.local_files_only)
+        return load_prior(
+            name,
+            device,
+            dtype,
+            self.micro_batch,
+            self.offload,
+            self.local_files_only,
+            self.source_prompt,
+            self.compile,
+            self.attention,
+        )
 
 
 @dataclass
-class Options:
-    """What all edits have in common."""
+class RunOptions:
+    """What all commands that run a model have in common."""
 
     prompt: tuple[str, ...]
-    """What to change, as an instruction. A panorama takes several, each for a region."""
+    """What to change, as an instruction, or for text-to-image models what to show. A panorama takes several, each for a
+    region."""
     model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
     preset: str = "default"
     """Where the defaults below come from: a name in configs/ (`paper` is the published algorithm), or a .yaml file."""
     edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
-    mask: Path | None = None
-    """Image of the input's size: white where the edit may go, black where not a bit may change. For a video one image,
-    or a folder with one for each frame."""
-    feather: float = 4.0
-    """Width in pixels over which the mask's border falls off, inwards."""
     resume: bool = False
     """Go on where the same command was interrupted. What it needs for that lies beside OUT, in OUT.unfinished, and is
     removed when the edit is done."""
@@ -89,6 +103,17 @@ class Options:
         elif not path.exists():
             raise ValueError(f"nothing to resume: there is no {path}.")
         return path
+
+
+@dataclass
+class Options(RunOptions):
+    """What all edits have in common."""
+
+    mask: Path | None = None
+    """Image of the input's size: white where the edit may go, black where not a bit may change. For a video one image,
+    or a folder with one for each frame."""
+    feather: float = 4.0
+    """Width in pixels over which the mask's border falls off, inwards."""
 
 
 @dataclass
@@ -120,11 +145,7 @@ class Panorama:
     def run(self) -> str:
         from csd_2d.panorama import edit_panorama
 
-        if self.output.suffix.lower() not in IMAGE_SUFFIXES:
-            raise ValueError(f"output {self.output} must end in one of {', '.join(IMAGE_SUFFIXES)}.")
-        _check_output(self.output, self.input)
-        if self.output.is_dir():
-            raise ValueError(f"output {self.output} is a folder, but its name ends like an image file's.")
+        _check_image_output(self.output, self.input)
         image = read_image(self.input)
         options = self.options
         height, width = image.shape[-2:]
@@ -228,6 +249,54 @@ def _check_sound(clip: "Clip", output: Path) -> None:
 
 
 @dataclass
+class Generate:
+    """Make an image from text alone, most of all a wide one, with a text-to-image model.
+
+    Several prompts share it in vertical stripes, from left to right. Of the options below, baseline and image guidance
+    scale are always noise and the guidance scale.
+
+    Example: csd generate alps.png --prompt "a photo of the Alps at dawn" --width 2048
+    """
+
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Image to write; the name's ending sets the format."""
+    options: Annotated[RunOptions, tyro.conf.arg(name="")]
+    height: int | None = None
+    """In pixels. Default: the model's window."""
+    width: int | None = None
+    """In pixels. Default: four of the model's windows."""
+    wrap: bool = False
+    """For 360 degree images: the left and the right border fit together."""
+    stride: int | None = None
+    """Largest distance between crops in latent cells. Default: three quarters of the model's window."""
+
+    def run(self) -> str:
+        from csd_2d.priors.text_to_image import TextToImagePrior
+
+        _check_image_output(self.output)
+        options = self.options
+        prior = options.model.load(options.prompt, default="sd")
+        if not isinstance(prior, TextToImagePrior):
+            raise ValueError(
+                f"the prior '{options.model.prior}' edits images; csd generate needs a text-to-image model."
+            )
+        image = generate(
+            prior,
+            options.prompt,
+            self.height,
+            self.width,
+            options.edit,
+            self.stride,
+            self.wrap,
+            progress="generating",
+            resume=options.resume_file(self.output),
+        )
+        if ranks.rank() == 0:
+            write_image(image, self.output)
+        return f"{self.output} ({image.shape[-1]}x{image.shape[-2]} px)"
+
+
+@dataclass
 class Demo:
     """Make a small 3D scene, train it, edit it and film both. Takes a few minutes on two CPU cores, offline.
 
@@ -256,6 +325,15 @@ class Demo:
         return str(run_demo(output, self.prompt, self.seed))
 
 
+def _check_image_output(path: Path, source: Path | None = None) -> None:
+    """Raises, before any work is done, if no image can be written at `path`, or the source lies there."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"output {path} must end in one of {', '.join(IMAGE_SUFFIXES)}.")
+    _check_output(path, source)
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder, but its name ends like an image file's.")
+
+
 def _check_output(path: Path, source: Path | None = None) -> Path:
     """Raises, before any work is done, if nothing can be written at `path`, or the source lies there.
 
@@ -277,21 +355,24 @@ Two models: `--prior tiny` comes with csd, runs on any computer and follows a li
 """
 
 
-def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Demo:
+def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Demo:
     # The preset sets the defaults of other options, so it is looked up before they are parsed.
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default="default")
+    preset = peek.parse_known_args(arguments)[0].preset
     todo = tyro.MISSING
-    options = Options(todo, edit=load_preset(peek.parse_known_args(arguments)[0].preset))
+    options = Options(todo, edit=load_preset(preset))
+    generating = RunOptions(todo, edit=GENERATE if preset == "default" else load_preset(preset))
     command = tyro.cli(
         Annotated[Panorama, tyro.conf.subcommand("panorama", default=Panorama(todo, todo, options))]
         | Annotated[Video, tyro.conf.subcommand("video", default=Video(todo, todo, options))]
+        | Annotated[Generate, tyro.conf.subcommand("generate", default=Generate(todo, generating))]
         | Annotated[Demo, tyro.conf.subcommand("demo")],
         prog="csd",
         description=_DESCRIPTION,
         args=arguments,
     )
-    return cast(Panorama | Video | Demo, command)
+    return cast(Panorama | Video | Generate | Demo, command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

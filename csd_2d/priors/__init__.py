@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -10,11 +10,15 @@ from torch import Tensor
 
 from csd_2d.csd import Branch
 
+if TYPE_CHECKING:
+    from csd_2d.priors.diffusers_model import DiffusersPrior
+
 DEFAULT_MODEL = "timbrooks/instruct-pix2pix"
+DEFAULT_TEXT_TO_IMAGE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 class Prior(Protocol):
-    """An image-conditioned diffusion model as CSD needs it.
+    """A diffusion model as CSD needs it: one that edits an image, or one that follows text alone.
 
     It hides the parametrisation, the batch size its network is run at, and where its weights live. Latents go in and
     come out in fp32; images are RGB in [0, 1].
@@ -31,6 +35,10 @@ class Prior(Protocol):
     image_guidance_scale: float
     """Default image guidance scale (omega_s)."""
     device: torch.device
+
+    def to(self, device: str | torch.device) -> None:
+        """Moves the networks to another device."""
+        ...
 
     def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
         """Latents x_0 of images; H and W are multiples of `cell`."""
@@ -75,33 +83,75 @@ def load_prior(
     micro_batch: int = 8,
     offload: bool = False,
     local_files_only: bool = False,
+    source_prompt: str | None = None,
+    compile: bool = False,
+    attention: str | None = None,
 ) -> Prior:
     """The prior a user names.
 
     Args:
-        name: `tiny` (ships with this package), `analytic`, `ip2p`, a folder with a diffusers InstructPix2Pix pipeline,
-            or a hub id.
-        dtype, micro_batch, offload, local_files_only: see `InstructPix2PixPrior.from_pretrained`; the analytic prior
-            has no weights and needs none of them.
+        name: `tiny` (ships with this package), `analytic`, `ip2p`, `sd` (text-to-image), or a folder or hub id with a
+            diffusers pipeline: InstructPix2Pix, its XL and CosXL-Edit, text-to-image Stable Diffusion and its XL, or
+            FLUX.1 Kontext. Which of them it is, its `model_index.json` says.
+        dtype, micro_batch, offload, local_files_only: see `DiffusersPrior.from_pretrained`; the analytic prior has no
+            weights and needs none of these, nor the last two.
+        source_prompt: what the images to edit show; for text-to-image models only, see `TextToImagePrior`.
+        compile: have torch.compile make the denoiser faster; its first steps then take minutes.
+        attention: how the denoiser computes attention, see `DiffusersPrior.use_attention`.
 
     Raises:
-        ValueError: if there is no such prior or device, or the model is not an InstructPix2Pix.
+        ValueError: if there is no such prior, device or attention, the model is of no family known here, or it takes no
+            source prompt.
         OSError: if a model cannot be read or downloaded.
     """
     device = _checked_device(device)
     check_prior(name)
     if name == "analytic":
+        if source_prompt is not None:
+            raise ValueError(_NO_SOURCE_PROMPT.format(name))
         from csd_2d.priors.analytic import AnalyticPrior
 
         return AnalyticPrior(device=device)
     from csd_2d import tiny
-    from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
+    from csd_2d.priors.text_to_image import TextToImagePrior
 
-    model = {"ip2p": DEFAULT_MODEL, "tiny": tiny.MODEL}.get(name, name)
-    prior = InstructPix2PixPrior.from_pretrained(model, device, dtype, offload, local_files_only, micro_batch)
+    model = {"ip2p": DEFAULT_MODEL, "sd": DEFAULT_TEXT_TO_IMAGE, "tiny": tiny.MODEL}.get(name, name)
+    family = _family(model, local_files_only)
+    if source_prompt is not None and not issubclass(family, TextToImagePrior):
+        raise ValueError(_NO_SOURCE_PROMPT.format(name))
+    options = {} if source_prompt is None else {"source_prompt": source_prompt}
+    prior = family.from_pretrained(model, device, dtype, offload, local_files_only, micro_batch, **options)
     if name == "tiny":
         prior.guidance_scale, prior.image_guidance_scale = tiny.GUIDANCE_SCALE, tiny.IMAGE_GUIDANCE_SCALE
+    if attention is not None:
+        prior.use_attention(attention)
+    if compile:
+        prior.denoiser.compile()
     return prior
+
+
+_NO_SOURCE_PROMPT = "the prior '{}' follows instructions and takes no source prompt; leave it out."
+
+
+def _family(model: str | Path, local_files_only: bool) -> "type[DiffusersPrior]":
+    """The class of priors that a folder or hub id is for. ValueError if there is none."""
+    from csd_2d.priors.diffusers_model import pipeline_class_of
+    from csd_2d.priors.flux_kontext import FluxKontextPrior
+    from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior, InstructPix2PixXLPrior
+    from csd_2d.priors.text_to_image import TextToImagePrior, TextToImageXLPrior
+
+    families: tuple[type[DiffusersPrior], ...] = (
+        InstructPix2PixPrior,
+        InstructPix2PixXLPrior,
+        TextToImagePrior,
+        TextToImageXLPrior,
+        FluxKontextPrior,
+    )
+    known = {family.pipeline_class: family for family in families}
+    name = pipeline_class_of(model, local_files_only)
+    if name not in known:
+        raise ValueError(f"{model} holds a {name}, which csd cannot use; it can use {', '.join(known)}.")
+    return known[name]
 
 
 def check_prior(name: str, prompt: str | None = None) -> None:
@@ -119,10 +169,10 @@ def check_prior(name: str, prompt: str | None = None) -> None:
                 f"the tiny model was never taught the words {', '.join(map(repr, unknown))}; it knows: "
                 f"{'; '.join(INSTRUCTIONS)}. The prior ip2p follows any instruction."
             )
-    elif name != "ip2p" and not Path(name).is_dir() and name.count("/") != 1:
+    elif name not in ("ip2p", "sd") and not Path(name).is_dir() and name.count("/") != 1:
         raise ValueError(
-            f"unknown prior '{name}'; expected 'tiny', 'analytic', 'ip2p' ({DEFAULT_MODEL}), a folder with a diffusers "
-            "InstructPix2Pix pipeline, or a hub id like 'owner/model'."
+            f"unknown prior '{name}'; expected 'tiny', 'analytic', 'ip2p' ({DEFAULT_MODEL}), 'sd' "
+            f"({DEFAULT_TEXT_TO_IMAGE}), a folder with a diffusers pipeline, or a hub id like 'owner/model'."
         )
 
 

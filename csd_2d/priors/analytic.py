@@ -46,6 +46,9 @@ class AnalyticPrior:
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, self.num_timesteps, dtype=torch.float64).square()
         self.alphas_cumprod = (1 - betas).cumprod(0)
 
+    def to(self, device: str | torch.device) -> None:
+        self.device = torch.device(device)
+
     def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
         return 2 * images - 1
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from csd_2d import EditConfig, LatentStack, edit, edit_residual, load_prior
 from csd_2d.images import edit_images
-from csd_2d.priors import instruct_pix2pix
+from csd_2d.priors import diffusers_model
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 from tests.tiny_pipeline import TOKENS, save_tiny_pipeline, tiny_pipeline
@@ -419,7 +419,7 @@ def test_model_that_cannot_be_had(monkeypatch, local_files_only):
 
 def test_silent_hub_is_given_up(monkeypatch):
     """A firewall that drops packets: the connection opens, no answer comes."""
-    monkeypatch.setattr(instruct_pix2pix, "HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr(diffusers_model, "HUB_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(OSError, match="ReadTimeout"):

@@ -1,0 +1,97 @@
+"""Images of any width from text alone: overlapping crops of one canvas that starts as noise."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from csd_2d.edit import EditConfig, Prompt, StepInfo, check_prompt, edit
+from csd_2d.images import round_up
+from csd_2d.panorama import stripes
+from csd_2d.particles import CanvasCrops
+from csd_2d.priors import Prior
+
+GENERATE = EditConfig(steps=500, together=0.0, turn_timestep=0.98, baseline="noise", bandwidth_scale=1.0)
+"""Defaults of `generate`: one phase over the whole noise schedule and the median bandwidth of arXiv 2307.04787, eq. 8.
+
+There is no phase in which crops move as one: crops of one picture are to fit together, not to be alike.
+"""
+
+
+def generate(
+    prior: Prior,
+    prompt: Prompt,
+    height: int | None = None,
+    width: int | None = None,
+    config: EditConfig = GENERATE,
+    stride: int | None = None,
+    wrap: bool = False,
+    on_step: Callable[[StepInfo], bool | None] | None = None,
+    progress: str | None = None,
+    resume: Path | None = None,
+) -> Float[Tensor, "3 height width"]:
+    """Makes a picture, most of all a wide one, by Collaborative Score Distillation (arXiv 2307.04787, eq. 8).
+
+    Crops of a canvas of latents are the particles; their scores are s = -(e^w(x_t; y) - noise), w the guidance scale.
+    The canvas starts standard normal. Of `config`, the baseline is always the noise and the image guidance scale always
+    the text's, with which a source has no part in s.
+
+    Args:
+        prior: a text-to-image model. One that edits images is asked to edit plain grey.
+        prompt: what the picture shows; several share it in vertical stripes of one width, from left to right.
+        height, width: in pixels; default: one of the prior's windows high, four wide. A picture smaller than a window
+            is cut out of one.
+        stride: largest distance between crops in latent cells; default: three quarters of a window.
+        wrap: the left and the right border fit together, as in 360 degree images.
+        on_step, progress, resume: see `csd_2d.edit.edit`.
+
+    Returns:
+        The picture on the CPU, RGB in [0, 1].
+
+    Raises:
+        ValueError: if height or width is under 1, the stride is under 1 or over the window, a picture that wraps is
+            narrower than the window or its width is no multiple of a latent cell, or as `edit` raises.
+
+    Example:
+        >>> from csd_2d import load_prior
+        >>> night = generate(load_prior("analytic"), "make it night", 40, 300, replace(GENERATE, steps=3))
+        >>> night.shape
+        torch.Size([3, 40, 300])
+    """
+    prompts, window, cell = check_prompt(prompt), prior.window, prior.cell
+    height = window * cell if height is None else height
+    width = 4 * window * cell if width is None else width
+    if min(height, width) < 1:
+        raise ValueError(f"height and width must be at least 1 px, got {height} and {width}.")
+    if wrap and (width % cell or width < window * cell):
+        raise ValueError(
+            f"a picture that wraps must be at least {window * cell} px wide, and a multiple of {cell}; got {width} px."
+        )
+    rows, columns = (max(round_up(size, cell) // cell, window) for size in (height, width))
+    # A seed of its own: the run below draws its noise from config.seed.
+    noise = torch.Generator().manual_seed(config.seed + 1)
+    with torch.no_grad():
+        channels = prior.encode(torch.zeros(1, 3, cell, cell, device=prior.device)).shape[1]
+        grey = torch.full((1, 3, rows * cell, columns * cell), 0.5, device=prior.device)
+        crops = CanvasCrops(
+            torch.randn(1, channels, rows, columns, generator=noise).to(prior.device),
+            prior.condition(grey),
+            window,
+            max(3 * window // 4, 1) if stride is None else stride,
+            regions=torch.cat(stripes(len(prompts), rows, columns))[None].to(prior.device)
+            if len(prompts) > 1
+            else None,
+            wrap=wrap,
+        )
+    scale = prior.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    config = replace(config, baseline="noise", guidance_scale=scale, image_guidance_scale=scale)
+    edit(crops, prior, prompts, config, on_step, progress, resume)
+    margin = window // 2 if wrap else 0
+    with torch.no_grad():
+        around = F.pad(crops.edited(), (margin, margin, 0, 0), mode="circular")
+        picture = prior.decode(around)[0, ..., margin * cell : (margin + columns) * cell]
+    return picture[:, :height, :width].cpu()

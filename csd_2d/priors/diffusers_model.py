@@ -1,0 +1,300 @@
+"""What priors on diffusers' pipelines share: loading, where the networks live, the autoencoder, micro-batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from csd_2d.csd import Branch
+from csd_2d.priors.schedules import Schedule
+from csd_2d.tiles import in_tiles
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+HUB_TIMEOUT = 5.0
+"""Seconds the hub has to say that it knows a model."""
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, in one sentence."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].split('. ')[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def _hub_refusal(model: str) -> Exception | None:
+    """Why the hub cannot be asked for a model, None if it can.
+
+    diffusers asks without a time limit and waits for minutes behind a firewall that drops packets.
+    """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.model_info(model, timeout=HUB_TIMEOUT)
+    except Exception as error:  # no network, a proxy's answer, an unknown or gated model: what is left is the cache
+        return error
+    return None
+
+
+@contextmanager
+def _reading(model: str | Path, kind: str, local_files_only: bool) -> Iterator[bool]:
+    """Yields whether to keep to local files; whatever goes wrong inside becomes one sentence that says what to do.
+
+    Raises:
+        OSError: in place of any error inside the block.
+    """
+    folder = Path(model).is_dir()
+    refusal = None if folder or local_files_only else _hub_refusal(str(model))
+    try:
+        yield local_files_only or refusal is not None
+    except Exception as error:  # a broken file surfaces as anything from KeyError to SafetensorError
+        if folder:
+            tried = f"folder {model} does not hold {kind} pipeline that diffusers can load"
+        elif local_files_only:
+            tried = f"model '{model}' is not in the cache of the Hugging Face hub"
+        else:
+            tried = f"model '{model}' could be neither downloaded from the Hugging Face hub nor found in its cache"
+        raise OSError(
+            f"{tried} ({_reason(refusal or error)}); give a folder saved by diffusers' save_pretrained, "
+            "or use --prior analytic, which needs no weights."
+        ) from error
+
+
+def pipeline_class_of(model: str | Path, local_files_only: bool = False) -> str:
+    """Name of the diffusers pipeline a folder or hub id holds, from its `model_index.json` alone.
+
+    Raises:
+        OSError: if that cannot be downloaded or read.
+    """
+    from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+    with _reading(model, "a", local_files_only) as keep_local:
+        index: Any = DiffusionPipeline.load_config(str(model), local_files_only=keep_local)
+        return str(index["_class_name"])
+
+
+class PooledText(NamedTuple):
+    """Encoded prompts for networks that take a text word by word and as a whole."""
+
+    embeddings: Float[Tensor, "prompts tokens features"]
+    pooled: Float[Tensor, "prompts pooled_features"]
+
+
+class DiffusersPrior(ABC):
+    """Networks of a diffusers pipeline; subclasses say how they are asked for a noise estimate.
+
+    Args:
+        pipeline: diffusers' pipeline, e.g. with LoRA weights put in. Its weights are frozen and moved, not copied.
+        device: where the networks run.
+        offload: keep the networks in main memory and move one at a time to `device`.
+        micro_batch: rows the denoiser takes at once; what does not fit the memory is a matter of this number alone.
+
+    Raises:
+        ValueError: if the pipeline is not of the kind the prior needs.
+    """
+
+    kind: ClassVar[str]
+    """The family with its article, for messages."""
+    pipeline_class: ClassVar[str]
+    """Name of diffusers' pipeline."""
+    default_model: ClassVar[str]
+    """Hub id of the family's best known model."""
+    unused_components: ClassVar[dict[str, Any]] = {}
+    """What of a pipeline need not be loaded."""
+    cuda_dtype: ClassVar[torch.dtype] = torch.float16
+    """Precision the model was released for."""
+
+    window: int
+    cell: int
+    guidance_scale: float
+    image_guidance_scale: float
+    schedule: Schedule
+
+    def __init__(
+        self,
+        pipeline: Any,
+        device: str | torch.device = "cpu",
+        offload: bool = False,
+        micro_batch: int = 8,
+    ) -> None:
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {micro_batch}.")
+        if problem := self._problem(pipeline) or self._text_problem(pipeline):
+            raise ValueError(f"the model is not {self.kind}: {problem}.")
+        self.offload = offload
+        self.micro_batch = micro_batch
+        self.vae = pipeline.vae
+        self.scaling_factor: float = self.vae.config.scaling_factor
+        self._shift: float = self.vae.config.shift_factor or 0.0
+        self._vae_cell = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._setup(pipeline)
+        self.num_timesteps = self.schedule.num_timesteps
+        self._networks = [*self._text_encoders(pipeline), self.vae, self.denoiser]
+        for network in self._networks:
+            network.requires_grad_(False).eval()
+        self.to(device)
+
+    def to(self, device: str | torch.device) -> None:
+        """Moves the networks to another device; with `offload` they go there one at a time, when they are at work."""
+        self.device = torch.device(device)
+        for network in self._networks:
+            network.to("cpu" if self.offload else self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+        local_files_only: bool = False,
+        micro_batch: int = 8,
+        **options: Any,
+    ) -> "Self":
+        """Loads a model from a folder or the Hugging Face hub; only safetensors, never pickles.
+
+        Args:
+            model: a folder that diffusers' `save_pretrained` wrote, or a hub id; default `default_model`.
+            dtype: what the networks compute in; default `cuda_dtype` on CUDA, float32 elsewhere.
+            local_files_only: do not ask the hub; take what its cache holds.
+            device, offload, micro_batch, options: see the class.
+
+        Raises:
+            OSError: if the model cannot be downloaded or read.
+            ValueError: if it is not of the kind the prior needs.
+        """
+        import diffusers
+
+        model = model or cls.default_model
+        with _reading(model, cls.kind, local_files_only) as keep_local:
+            pipeline = getattr(diffusers, cls.pipeline_class).from_pretrained(
+                str(model),
+                dtype=dtype or (cls.cuda_dtype if torch.device(device).type == "cuda" else torch.float32),
+                local_files_only=keep_local,
+                use_safetensors=True,
+                **cls.unused_components,
+            )
+        return cls(pipeline, device, offload, micro_batch, **options)
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The network that estimates noise."""
+
+    @abstractmethod
+    def _setup(self, pipeline: Any) -> None:
+        """Takes from a pipeline what noise estimates need: networks, schedule, window, cell."""
+
+    @abstractmethod
+    def _problem(self, pipeline: Any) -> str | None:
+        """Why a pipeline that loads is not of the kind the prior needs; None if it is."""
+
+    @abstractmethod
+    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n _ h w"]:
+        """See `Prior`, as for the next two."""
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> Any: ...
+
+    @abstractmethod
+    def noise_estimate(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        timestep: int,
+        condition: Float[Tensor, "b _ h w"],
+        text: Any,
+        branches: Sequence[Branch],
+    ) -> Float[Tensor, "b c h w"]: ...
+
+    def _text_encoders(self, pipeline: Any) -> list[Any]:
+        return [pipeline.text_encoder]
+
+    def _text_problem(self, pipeline: Any) -> str | None:
+        """Why a pipeline would not understand a prompt; None if it would."""
+        tokenizers = [pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None)]
+        for tokenizer, text_encoder in zip(tokenizers, self._text_encoders(pipeline), strict=False):
+            known, read = len(tokenizer), text_encoder.config.vocab_size
+            # transformers 5 makes up a tokenizer without words where the files of the real one are missing. T5's
+            # vocabulary is rounded up by a handful of tokens nobody uses.
+            if not 0.99 * read <= known <= read:
+                return f"its tokenizer knows {known} tokens, not the text encoder's {read}"
+        return None
+
+    def use_attention(self, backend: str) -> None:
+        """Has the denoiser compute attention by one of diffusers' backends, e.g. "flash" or "sage".
+
+        Raises:
+            ValueError: if there is no such backend, what it needs is not installed, or diffusers offers the denoiser no
+                choice, as it does not for U-Nets.
+        """
+        processors = (getattr(module, "processor", None) for module in self.denoiser.modules())
+        if not any(hasattr(processor, "_attention_backend") for processor in processors):
+            raise ValueError(
+                f"attention '{backend}' cannot be had: diffusers offers no choice for {self.kind}; leave it out."
+            )
+        try:
+            self.denoiser.set_attention_backend(backend)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(f"attention '{backend}' cannot be had ({_reason(error)}).") from error
+
+    @contextmanager
+    def _loaded(self, *networks: nn.Module) -> Iterator[None]:
+        """With `offload`: the networks are on the device inside; the denoiser stays until others are needed."""
+        if not self.offload:
+            yield
+            return
+        denoising = self.denoiser in networks
+        if not denoising:
+            self.denoiser.to("cpu")
+        for network in networks:
+            network.to(self.device)
+        try:
+            yield
+        finally:
+            # Gradients that still have to flow back through the VAE need its weights where they are.
+            if not denoising and not torch.is_grad_enabled():
+                for network in networks:
+                    network.to("cpu")
+
+    def _mode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c _ _"]:
+        """Mode of the VAE's posterior; images larger than `window` are encoded in overlapping tiles."""
+        pixels = (2 * images - 1).to(self.vae.dtype)
+        tile = self.window * self.cell // self._vae_cell
+        with self._loaded(self.vae):
+            mode = in_tiles(lambda part: self.vae.encode(part).latent_dist.mode(), pixels, tile, (self._vae_cell, 1))
+        return mode.to(torch.promote_types(images.dtype, torch.float32))
+
+    def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
+        """Mode of the VAE's posterior, shifted and scaled by its factors. Differentiable with respect to the images."""
+        return self.scaling_factor * (self._mode(images) - self._shift)
+
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        """Images of latents, clamped to [0, 1]."""
+        scaled = (latents / self.scaling_factor + self._shift).to(self.vae.dtype)
+        tile = self.window * self.cell // self._vae_cell
+        with self._loaded(self.vae):
+            pixels = in_tiles(lambda part: self.vae.decode(part).sample, scaled, tile, (1, self._vae_cell))
+        return (pixels.to(torch.promote_types(latents.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
+
+    def alpha_sigma(self, timestep: int) -> tuple[float, float]:
+        return self.schedule.alpha_sigma(timestep)
+
+    def _in_micro_batches(self, network: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """A function of rows, applied to `micro_batch` of them at a time with the denoiser on the device."""
+        with self._loaded(self.denoiser):
+            parts = zip(*(stack.split(self.micro_batch) for stack in rows), strict=True)
+            return torch.cat([network(*part) for part in parts])
+
+
+def check_length(prompts: Sequence[str], tokenizer: Any, most: int) -> None:
+    """Raises ValueError if a prompt has more than `most` tokens, of which the model would never see the last."""
+    count = max(len(tokenizer.tokenize(prompt)) for prompt in prompts)
+    if count > most:
+        raise ValueError(f"the prompt is {count} tokens long, the model reads at most {most}; shorten it.")
