@@ -17,6 +17,7 @@ from csd_2d.edit import EditConfig, StepInfo, edit
 from csd_2d.files import replacing
 from csd_2d.particles import LatentStack
 from csd_2d.priors import Prior
+from csd_2d.transport import FrameFlows
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 """Formats written: those that keep any size."""
@@ -133,6 +134,7 @@ def edit_images(
     on_step: Callable[[StepInfo], bool | None] | None = None,
     progress: str | None = None,
     resume: Path | None = None,
+    follow: bool = False,
 ) -> list[Float[Tensor, "3 _ _"]]:
     """Edits a set of images together: each is one particle.
 
@@ -144,12 +146,14 @@ def edit_images(
         start: images to start from, of the same sizes (a scene's present renders); default: the sources.
         masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. Default: all.
         config, on_step, progress, resume: see `csd_2d.edit.edit`.
+        follow: the images are frames of one video, and optical flow tells where they show the same things.
 
     Returns:
         The edited images on the CPU, in the sources' sizes.
 
     Raises:
         ValueError: if there are no images, if masks do not fit them, or as `edit` raises.
+        ImportError: if flow is wanted and cannot be estimated, see `optical_flow`.
     """
     if not images:
         raise ValueError("there are no images to edit.")
@@ -161,12 +165,14 @@ def edit_images(
         with torch.no_grad():
             return torch.cat([encode(pad(image[None], height, width).to(prior.device)) for image in sources])
 
+    flows = FrameFlows([pad(image[None], height, width)[0] for image in images], prior.cell) if follow else None
     source = encoded(prior.encode, images)
     particles = LatentStack(
         source,
         condition=encoded(prior.condition, images),
         start=source if start is None else encoded(prior.encode, start),
         mask=None if masks is None else encoded(lambda mask: cell_mask(mask, prior.cell), masks),
+        transport=None if flows is None else flows.transport,
     )
     edit(particles, prior, prompt, config, on_step, progress, resume)
     with torch.no_grad():

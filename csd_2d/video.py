@@ -47,9 +47,7 @@ def edit_video(
     resume: Path | None = None,
 ) -> Clip:
     """Edits all frames of a clip together; sizes and frame rate stay. See `csd_2d.images.edit_images`."""
-    frames = edit_images(
-        clip.frames, prior, prompt, config, masks=masks, on_step=on_step, progress=progress, resume=resume
-    )
+    frames = edit_images(clip.frames, prior, prompt, config, None, masks, on_step, progress, resume, follow=True)
     return Clip(frames, clip.rate, clip.names)
 
 
