@@ -24,10 +24,14 @@ from csd_2d.files import replacing
 from csd_2d.kernels import RBFKernel, low_pass
 from csd_2d.particles import NoiseMode, Particles
 from csd_2d.priors import Prior
+from csd_2d.transport import Transport, everywhere
 
 MIXED_NUMBERS = 2**24
 """Most latent numbers a step takes, 64 MiB: what is mixed at once is held in memory at once, several times over. It is
 what 1,024 particles of 512 px have in Stable Diffusion."""
+
+OWN_SCORE = 0.01
+"""Factor on the median bandwidth under which a particle hears nobody but itself."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,9 @@ class EditConfig:
     """Noise of the particles in one step."""
     bandwidth_scale_together: float = 1000.0
     """Factor on the median bandwidth in the first phase. Large: all particles move as one."""
-    bandwidth_scale: float = 0.01
-    """Factor on the median bandwidth in the second phase. Small: each particle follows its own score."""
+    bandwidth_scale: float | None = None
+    """Factor on the median bandwidth in the second phase. Default: where scores are moved to corresponding places that
+    of the first; else 0.01, so small that each particle follows its own score."""
     normalize_rows: bool = True
     """Divide kernel rows by their sum, so that step size does not depend on the number of particles."""
     seed: int = 0
@@ -98,7 +103,7 @@ class EditConfig:
             ("seed", 0, 2**40),
         ):
             value = getattr(self, name)
-            if value is None and name in ("batch", "guidance_scale", "image_guidance_scale"):
+            if value is None and name in ("batch", "guidance_scale", "image_guidance_scale", "bandwidth_scale"):
                 continue
             kind = int if name == "batch" or isinstance(getattr(type(self), name), int) else int | float
             if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # NaN, too
@@ -302,21 +307,32 @@ class EditRun:
         residual = division.gather(torch.cat([clean[:0], *residuals]))
         direction = -residual
         if config.svgd:
-            kernel = RBFKernel(bandwidth_scale=config.bandwidth_scale_together if together else config.bandwidth_scale)
             compared = {"clean": clean, "low_pass": low_pass(clean), "noisy": x_t}[config.kernel_input]
-            follow = config.transport in ("both", "first" if together else "second")
+            transport, scale = self._mixing(indices, together)
             direction = svgd_direction(
                 direction,
                 division.gather(compared),
-                kernel,
+                RBFKernel(bandwidth_scale=scale),
                 config.normalize_rows,
-                particles.transport(indices) if follow else None,
+                transport,
                 division.mine,
             )
         else:
             direction = direction[division.mine]
         info = StepInfo(step, timestep, indices, residual.square().mean().sqrt().item())
         return surrogate_loss(x_0, direction, weight=sigma**2), info
+
+    def _mixing(self, indices: list[int], together: bool) -> tuple[Transport | None, float]:
+        """What the scores of a step are mixed by: the transport, if one is wanted and known, and the bandwidth."""
+        config = self.config
+        follow = config.transport in ("both", "first" if together else "second")
+        transport = self.particles.transport(indices) if follow else None
+        if together:
+            # Whom one shows nothing in common with must be heard too, or distant particles take different answers.
+            return None if transport is None else everywhere(transport), config.bandwidth_scale_together
+        if config.bandwidth_scale is not None:
+            return transport, config.bandwidth_scale
+        return transport, OWN_SCORE if transport is None else config.bandwidth_scale_together
 
 
 class _ProgressFile:

@@ -19,6 +19,7 @@ from csd_2d.edit import EditConfig, StepInfo, edit
 from csd_2d.files import replacing
 from csd_2d.particles import LatentStack
 from csd_2d.priors import Prior
+from csd_2d.transport import FrameFlows
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 """Formats written: those that keep any size."""
@@ -152,9 +153,11 @@ class ImageStack:
         images: the sources, RGB in [0, 1].
         start: images to start from, of the same sizes (a scene's present renders); default: the sources.
         masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. Default: all.
+        follow: the images are frames of one video, and optical flow tells where they show the same things.
 
     Raises:
         ValueError: if there are no images, or fewer than processes, or masks do not fit them.
+        ImportError: if flow is wanted and cannot be estimated, see `optical_flow`.
     """
 
     def __init__(
@@ -163,6 +166,7 @@ class ImageStack:
         prior: Prior,
         start: Sequence[Float[Tensor, "3 _ _"]] | None = None,
         masks: Sequence[Float[Tensor, "1 _ _"]] | None = None,
+        follow: bool = False,
     ) -> None:
         if not images:
             raise ValueError("there are no images to edit.")
@@ -170,6 +174,7 @@ class ImageStack:
             raise ValueError("there must be one mask for each image, of its size.")
         self._prior, self._size = prior, common_size([image.shape[-2:] for image in images], prior.cell)
         self._shapes = [image.shape for image in images]
+        flows = FrameFlows([pad(image[None], *self._size)[0] for image in images], prior.cell) if follow else None
         held = ranks.held(len(images))
         mine = slice(held.start, held.stop)
         self._images, self._masks = images[mine], None if masks is None else masks[mine]
@@ -178,6 +183,7 @@ class ImageStack:
             condition=self._encoded(prior.condition, self._images),
             start=None if start is None else self._encoded(prior.encode, start[mine]),
             mask=None if self._masks is None else self._encoded(lambda mask: cell_mask(mask, prior.cell), self._masks),
+            transport=None if flows is None else flows.transport,
             held=held,
             count=len(self._shapes),
         )
@@ -212,13 +218,13 @@ def edit_images(
 
     Args:
         config, on_step, progress, resume: see `csd_2d.edit.edit`.
-        stack: start, masks; see `ImageStack`.
+        stack: start, masks, follow; see `ImageStack`.
 
     Returns:
         The edited images on the CPU, in the sources' sizes; of several processes the first gets all of them.
 
     Raises:
-        ValueError: as `ImageStack` and `edit` raise.
+        ValueError, ImportError: as `ImageStack` and `edit` raise.
     """
     together = ImageStack(images, prior, **stack)
     edit(together.particles, prior, prompt, config, on_step, progress, resume)

@@ -2,7 +2,7 @@
 
 import mmap
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.particles import LatentStack
+from csd_2d.transport import Transport
 
 
 class TensorFile:
@@ -44,7 +45,7 @@ class MappedStack(LatentStack):
     """A `LatentStack` in files. Only what is drawn is in memory, and on the device.
 
     Args:
-        source, condition, start, mask, held, count: see `LatentStack`; `start` is edited in place.
+        source, condition, start, mask, held, count, transport: see `LatentStack`; `start` is edited in place.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class MappedStack(LatentStack):
         device: str | torch.device,
         held: range,
         count: int,
+        transport: Callable[[Sequence[int]], Transport] | None = None,
     ) -> None:
         self._files = [file for file in (source, condition, start, mask) if file is not None]
         super().__init__(
@@ -66,6 +68,7 @@ class MappedStack(LatentStack):
             device=device,
             held=held,
             count=count,
+            transport=transport,
         )
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:

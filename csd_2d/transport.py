@@ -102,6 +102,22 @@ def window_transport(corners: Sequence[tuple[int, int]], width: int | None = Non
     return moved
 
 
+def everywhere(transport: Transport) -> Transport:
+    """The same, and elsewhere a sender is heard of the same cell of its own map: nobody is left out anywhere.
+
+    Example:
+        >>> moved, valid = everywhere(window_transport([(0, 0), (0, 1)]))(torch.tensor([[[[1, 2]]], [[[2, 3]]]]), 0)
+        >>> moved.flatten(1).tolist(), valid.flatten(1).tolist()
+        ([[1, 2], [2, 2]], [[1, 1], [1, 1]])
+    """
+
+    def moved(values: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
+        arrived, valid = transport(values, receiver)
+        return valid * arrived + (1 - valid) * values, torch.ones_like(valid)
+
+    return moved
+
+
 def _shared(shift: int, size: int) -> tuple[slice, slice]:
     """The part of a window that another one shares that begins `shift` later, counted in the first and in the other."""
     shift = max(-size, min(shift, size))

@@ -39,6 +39,7 @@ from csd_2d.images import (
 )
 from csd_2d.mapped import MappedStack, TensorFile
 from csd_2d.priors import Prior
+from csd_2d.transport import FrameFlows
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 TIME_BASE = Fraction(1, 90000)
@@ -118,6 +119,7 @@ def edit_video(
     """Edits all frames of a clip together; sizes, times and sound stay.
 
     Frames are read one at a time, and latents lie in files: what a step draws, and a frame, is all that is in memory.
+    Only where scores are to follow the flow of the frames (`config.transport`) all of these are.
 
     Args:
         masks, config, on_step, progress, resume: see `csd_2d.images.edit_images`.
@@ -142,7 +144,12 @@ def edit_video(
     keys = list(range(len(sizes)))
     if keyframes != 1:
         keys = _checked_keys(sizes, keyframes)
-    stack = _encoded(clip.frames, masks, keys, prior, common_size(sizes, prior.cell), progress, scratch)
+    size = common_size(sizes, prior.cell)
+    flows = None
+    if config is not None and config.transport != "off":
+        keyed = {*keys}
+        flows = FrameFlows([pad(f[None], *size)[0] for i, f in enumerate(clip.frames) if i in keyed], prior.cell)
+    stack = _encoded(clip.frames, masks, keys, prior, size, progress, scratch, flows)
     edit(stack, prior, prompt, config, on_step, progress, resume)
     gathered = _gathered(stack)
 
@@ -198,6 +205,7 @@ def _encoded(
     size: Size,
     progress: str | None,
     scratch: Path | None,
+    flows: FrameFlows | None,
 ) -> MappedStack:
     """Latents of some frames, padded to one size; one frame at a time is in memory. Each process holds some of them."""
     source, condition, start, allowed = (TensorFile(scratch) for _ in range(4))
@@ -216,7 +224,16 @@ def _encoded(
             if mask.shape[1:] != frame.shape[1:]:
                 raise ValueError("there must be one mask for each frame, of its size.")
             allowed.append(cell_mask(pad(mask[None], *size), prior.cell)[0])
-    return MappedStack(source, condition, start, None if masks is None else allowed, prior.device, held, len(keys))
+    return MappedStack(
+        source,
+        condition,
+        start,
+        None if masks is None else allowed,
+        prior.device,
+        held,
+        len(keys),
+        None if flows is None else flows.transport,
+    )
 
 
 def read_clip(path: Path, start: float = 0.0, end: float | None = None) -> Clip:

@@ -26,6 +26,7 @@ import tyro
 from csd_2d import EditConfig, load_preset
 from csd_2d.closed_form import known_answers
 from csd_2d.images import edit_images
+from csd_2d.metrics import agreement
 from csd_2d.priors import Prior, load_prior
 from csd_2d.tiny.scenes import held_out
 from csd_2d.video import read_clip
@@ -59,9 +60,8 @@ def _smooth_images(count: int, height: int, width: int, seed: int) -> torch.Tens
 def _measure(images: torch.Tensor, prior: Prior, config: EditConfig) -> tuple[float, float]:
     """Share of particles on the most common answer; mean PSNR in dB to the answer each took."""
     edited = torch.stack(edit_images(list(images), prior, PROMPT, config))
-    errors = torch.stack([(answer - edited).square().flatten(1).mean(1) for answer in known_answers(PROMPT, images)])
-    error, answer = errors.min(0)
-    return answer.bincount().max().item() / len(images), (-10 * error.clamp(min=1e-12).log10()).mean().item()
+    share, psnr = agreement(edited, known_answers(PROMPT, images))
+    return share, psnr.mean().item()
 
 
 def main(
@@ -97,13 +97,13 @@ def main(
                 else:
                     particles = _smooth_images(count, height, width, seed)
                 results.append(_measure(particles, model, config))
-            agreement, psnr = torch.tensor(results).unbind(1)
+            shares, psnr = torch.tensor(results).unbind(1)
             rows.append(
                 {
                     "variant": name,
                     "particles": count,
-                    "agreement": round(agreement.mean().item(), 3),
-                    "agreement_std": round(agreement.std().item(), 3) if seeds > 1 else None,
+                    "agreement": round(shares.mean().item(), 3),
+                    "agreement_std": round(shares.std().item(), 3) if seeds > 1 else None,
                     "psnr": round(psnr.mean().item(), 1),
                     "seconds": round(time.monotonic() - start, 1),
                 }

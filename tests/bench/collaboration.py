@@ -18,7 +18,6 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,44 +33,29 @@ from csd_2d.metrics import agreement, warp_error
 from csd_2d.priors import Prior, load_prior
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.tiny.scenes import held_out
-from csd_2d.transport import FrameFlows, Transport
+from csd_2d.transport import FrameFlows
 from csd_2d.video import read_clip
 
-Fill = Literal["same place", "mean"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """Settings, and what a place hears of senders that do not show it: nothing, or what they say of the same pixel, or
-    on the average."""
-
-    config: EditConfig
-    fill: Fill | None = None
-
-
-def _variant(fill: Fill | None = None, preset: str = "default", **changes) -> Variant:
-    changes = {"transport": "off", **changes}
-    return Variant(dataclasses.replace(load_preset(preset), **changes), fill)
+def _config(preset: str = "default", **changes) -> EditConfig:
+    return dataclasses.replace(load_preset(preset), **{"transport": "off", **changes})
 
 
 VARIANTS = {
-    "SVGD off": _variant(svgd=False),
-    "paper": _variant(preset="paper"),
-    "paper, transport": _variant(preset="paper", transport="both"),
-    "two phases": _variant(),
-    "transport in the first": _variant(transport="first"),
-    "the same, elsewhere same place": _variant("same place", transport="first"),
-    "the same, elsewhere mean": _variant("mean", transport="first"),
-    "x1 in the second": _variant(bandwidth_scale=1.0),
-    "x1, low-pass": _variant(bandwidth_scale=1.0, kernel_input="low_pass"),
-    "x1, transport in the second": _variant(bandwidth_scale=1.0, transport="second"),
-    "x1, transport in both": _variant(bandwidth_scale=1.0, transport="both"),
-    "x1, low-pass, transport in both": _variant(bandwidth_scale=1.0, kernel_input="low_pass", transport="both"),
-    "x10, transport in both": _variant(bandwidth_scale=10.0, transport="both"),
-    "x1000 in the second": _variant(bandwidth_scale=1000.0),
-    "x1000, transport in the second": _variant(bandwidth_scale=1000.0, transport="second"),
-    "x1000, transport in both": _variant(bandwidth_scale=1000.0, transport="both"),
-    "the same, both, elsewhere same place": _variant("same place", bandwidth_scale=1000.0, transport="both"),
+    "SVGD off": _config(svgd=False),
+    "paper": _config("paper"),
+    "paper, transport": _config("paper", transport="both"),
+    "two phases": _config(),
+    "x1 in the second": _config(bandwidth_scale=1.0),
+    "x1 in the second, low-pass": _config(bandwidth_scale=1.0, kernel_input="low_pass"),
+    "x10 in the second": _config(bandwidth_scale=10.0),
+    "x1000 in the second": _config(bandwidth_scale=1000.0),
+    "transport in the first": _config(transport="first"),
+    "transport in the second": _config(transport="second"),
+    "transport in both": _config(transport="both"),
+    "transport in both, x1": _config(transport="both", bandwidth_scale=1.0),
+    "transport in both, x1, low-pass": _config(transport="both", bandwidth_scale=1.0, kernel_input="low_pass"),
+    "transport in both, x10": _config(transport="both", bandwidth_scale=10.0),
 }
 
 
@@ -156,29 +140,10 @@ def _sampled(picture: Tensor, place: Tensor) -> Tensor:
     return F.grid_sample(picture[None], grid[None], padding_mode="reflection", align_corners=False)[0]
 
 
-def _elsewhere(particles: LatentStack | CanvasCrops, fill: Fill) -> None:
-    """Makes senders be heard, too, where it is not known what they say of a place."""
-    known = particles.transport
-
-    def transport(indices: Sequence[int]) -> Transport | None:
-        follow = known(indices)
-
-        def moved(values: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
-            arrived, valid = follow(values, receiver)
-            rest = values if fill == "same place" else values.mean((2, 3), keepdim=True)
-            return torch.lerp(rest, arrived, valid), torch.ones_like(valid)
-
-        return moved if follow is not None else None
-
-    particles.transport = transport
-
-
-def _edit_frames(flows: FrameFlows, frames: Tensor, prior: Prior, prompt: str, variant: Variant) -> dict[str, float]:
+def _edit_frames(flows: FrameFlows, frames: Tensor, prior: Prior, prompt: str, config: EditConfig) -> dict[str, float]:
     with torch.no_grad():
         particles = LatentStack(prior.encode(frames), prior.condition(frames), transport=flows.transport)
-    if variant.fill is not None:
-        _elsewhere(particles, variant.fill)
-    edit(particles, prior, prompt, variant.config)
+    edit(particles, prior, prompt, config)
     with torch.no_grad():
         edited = prior.decode(particles.latents)
     pairs = [(flows.flow(k, k + 1), flows.flow(k + 1, k)) for k in range(len(frames) - 1)]
@@ -194,16 +159,14 @@ def _edit_frames(flows: FrameFlows, frames: Tensor, prior: Prior, prompt: str, v
     }
 
 
-def _edit_panorama(size: int, seed: int, prior: Prior, prompt: str, variant: Variant) -> dict[str, float]:
+def _edit_panorama(size: int, seed: int, prior: Prior, prompt: str, config: EditConfig) -> dict[str, float]:
     """A picture four windows wide; agreement is that of the four."""
     scene = held_out(1, 4 * size, seed).images
     image = scene[..., 3 * size // 2 : 5 * size // 2, :]
     with torch.no_grad():
         window = size // prior.cell
         crops = CanvasCrops(prior.encode(image), prior.condition(image), window, 3 * window // 4)
-    if variant.fill is not None:
-        _elsewhere(crops, variant.fill)
-    edit(crops, prior, prompt, variant.config)
+    edit(crops, prior, prompt, config)
     with torch.no_grad():
         edited = prior.decode(crops.edited())
     share, psnr = agreement(_windows(edited), [_windows(answer) for answer in known_answers(prompt, image)])
@@ -259,15 +222,14 @@ def main(
             start = time.monotonic()
             results = []
             for seed in range(seeds):
-                config = dataclasses.replace(VARIANTS[name].config, steps=steps, seed=seed)
-                variant = dataclasses.replace(VARIANTS[name], config=config)
+                config = dataclasses.replace(VARIANTS[name], steps=steps, seed=seed)
                 if task == "panorama":
-                    results.append(_edit_panorama(size, seed, model, prompt, variant))
+                    results.append(_edit_panorama(size, seed, model, prompt, config))
                     continue
                 key = None if frames else seed
                 if key not in scenes:
                     scenes[key] = _flows(frames, count, size, model.cell, seed)
-                results.append(_edit_frames(*scenes[key], model, prompt, variant))
+                results.append(_edit_frames(*scenes[key], model, prompt, config))
             row: dict = {"variant": name, "seconds": round((time.monotonic() - start) / seeds, 2)}
             for measure in results[0]:
                 values = torch.tensor([result[measure] for result in results])

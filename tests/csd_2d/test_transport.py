@@ -8,8 +8,10 @@ import torch
 
 from csd_2d import CanvasCrops, EditConfig, LatentStack, RBFKernel, edit, svgd_direction
 from csd_2d.flow import warp
+from csd_2d.kernels import low_pass
+from csd_2d.metrics import agreement, warp_error
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.transport import FrameFlows, window_transport
+from csd_2d.transport import FrameFlows, everywhere, window_transport
 
 
 class Tables:
@@ -124,19 +126,82 @@ def test_frames_follow_a_known_shift_in_latent_cells(cell):
     assert moved[0, 0, 21:23, 19:21].min() > 0.8
 
 
+def test_low_pass_is_a_projection_and_its_repulsion_is_the_gradient():
+    """Q x in place of x is all SVGD needs: the kernel's gradient by autograd through Q says the same."""
+    x = torch.randn(3, 2, 7, 10, dtype=torch.float64)
+    smooth = low_pass(x, 4)
+    torch.testing.assert_close(low_pass(smooth, 4), smooth)
+    torch.testing.assert_close(smooth[..., :4, :4], x[..., :4, :4].mean((2, 3), keepdim=True).expand(3, 2, 4, 4))
+    still = torch.zeros_like(x)
+    phi = svgd_direction(still, smooth, RBFKernel(20.0))
+    for i in range(3):
+        moving = x.clone().requires_grad_()
+        gaps = (low_pass(moving, 4) - smooth[i]).square().flatten(1).sum(1)
+        (gradient,) = torch.autograd.grad((-gaps / 20.0).exp().sum(), moving)
+        torch.testing.assert_close(phi[i], gradient.sum(0) / 3)
+
+
+def test_everywhere_leaves_nobody_out():
+    corners = [(0, 0), (0, 3), (0, 40)]
+    values = torch.randn(3, 2, 4, 6)
+    known, valid = window_transport(corners)(values, 0)
+    moved, everyone = everywhere(window_transport(corners))(values, 0)
+    assert everyone.all() and not valid[2].any()
+    assert torch.equal(moved[2], values[2])
+    assert torch.equal(moved[1][..., 3:], known[1][..., 3:])
+    assert torch.equal(moved[1][..., :3], values[1][..., :3])
+
+
+class Watched:
+    """Frames with flows, and what their edit asked of them."""
+
+    def __init__(self, transport: str, known: bool = True, **settings) -> None:
+        self.frames = torch.stack(moving_frames(4, 3))
+        self.flows = FrameFlows(list(self.frames), 1)
+        latents = AnalyticPrior().encode(self.frames)
+        self.asked = 0
+        particles = LatentStack(latents, latents, transport=self.transport if known else None)
+        edit(particles, AnalyticPrior(), "invert the colors", EditConfig(steps=10, transport=transport, **settings))
+        self.edited = particles.latents.detach()
+
+    def transport(self, indices):
+        self.asked += 1
+        return self.flows.transport(indices)
+
+    def flicker(self) -> float:
+        flow, valid = self.flows.between(0, 3)
+        return float(((warp(self.edited[3], flow) - self.edited[0]).square() * valid).mean())
+
+
 def test_an_edit_follows_content():
     """Scores that say the same of the same thing leave a moving picture consistent; mixed in place they blur it."""
-    frames = torch.stack(moving_frames(4, 3))
-    flows = FrameFlows(list(frames), 1)
-    latents = AnalyticPrior().encode(frames)
+    followed, in_place = Watched("both", together=1.0), Watched("off", together=1.0)
+    assert followed.flicker() < 0.3 * in_place.flicker()
 
-    def flicker(transport: str) -> float:
-        particles = LatentStack(latents, latents, transport=flows.transport)
-        config = EditConfig(steps=15, together=1, transport=transport)
-        edit(particles, AnalyticPrior(), "invert the colors", config)
-        edited = particles.latents.detach()
-        flow, valid = flows.between(0, 3)
-        return float(((warp(edited[3], flow) - edited[0]).square() * valid).mean())
 
-    assert flicker("both") < 0.3 * flicker("off")
-    assert flicker("second") == flicker("off")  # there is no second phase
+@pytest.mark.parametrize(("transport", "asked"), [("off", 0), ("first", 4), ("second", 6), ("both", 10)])
+def test_phases_in_which_scores_are_moved(transport, asked):
+    assert Watched(transport, together=0.4).asked == asked
+
+
+def test_the_second_phase_mixes_widely_only_where_places_are_known():
+    """Without transport each follows its own score; an explicit bandwidth is obeyed in any case."""
+    own = Watched("both", known=False, together=0.0)
+    torch.testing.assert_close(own.edited, Watched("off", together=0.0, svgd=False).edited)
+    narrow = Watched("both", together=0.0, bandwidth_scale=0.01)
+    torch.testing.assert_close(narrow.edited, own.edited)
+    wide = Watched("both", together=0.0)
+    assert (wide.edited - own.edited).abs().max() > 1e-3
+    torch.testing.assert_close(wide.edited, Watched("both", together=0.0, bandwidth_scale=1000.0).edited)
+
+
+def test_metrics_of_a_moving_picture():
+    frames = torch.stack(moving_frames(3, 2))
+    flow = torch.tensor([-2.0, 0.0])[:, None, None].expand(2, 2, 48, 48)
+    seen = (torch.arange(48) > 1).float().expand(2, 1, 48, 48)
+    assert warp_error(frames, flow, seen) < 1e-10
+    assert warp_error(frames, 0 * flow, seen) > 1e-3
+    frames[1] += 0.1  # a flash: both pairs differ by it
+    assert warp_error(frames, flow, seen) == pytest.approx(0.01, rel=1e-4)
+    share, psnr = agreement(frames, [frames - 0.1, frames + 0.01])
+    assert share == 1 and psnr.tolist() == pytest.approx([40.0] * 3, abs=1e-3)
