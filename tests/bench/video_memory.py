@@ -53,8 +53,8 @@ def measure(video: Path, prior: str, steps: int) -> dict[str, float]:
 def main(
     output: Path,
     counts: tuple[int, ...] = (2, 24, 200),
-    size: tuple[int, int] = (320, 180),
-    steps: int = 8,
+    size: tuple[int, int] = (96, 54),
+    steps: int = 4,
     priors: tuple[str, ...] = ("analytic", "tiny"),
 ) -> None:
     """Measures every prior at every number of frames and writes a table as JSON."""
