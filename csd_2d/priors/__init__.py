@@ -48,8 +48,8 @@ class Prior(Protocol):
         """Images of latents, clamped to [0, 1]."""
         ...
 
-    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
-        """Images as the model takes them for its source."""
+    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n _ h w"]:
+        """Images as the model takes them for its source; without channels if it takes none."""
         ...
 
     def encode_text(self, prompts: Sequence[str]) -> Any:
@@ -64,7 +64,7 @@ class Prior(Protocol):
         self,
         x_t: Float[Tensor, "b c h w"],
         timestep: int,
-        condition: Float[Tensor, "b c h w"],
+        condition: Float[Tensor, "b _ h w"],
         text: Any,
         branches: Sequence[Branch],
     ) -> Float[Tensor, "b c h w"]:
