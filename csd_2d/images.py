@@ -153,10 +153,9 @@ class ImageStack:
         self._prior, self._size = prior, common_size(images, prior.cell)
         self._shapes = [image.shape for image in images]
         held = ranks.held(len(images))
-        images, start, masks = (
-            None if stack is None else stack[held.start : held.stop] for stack in (images, start, masks)
-        )
-        assert images is not None
+        mine = slice(held.start, held.stop)
+        images = images[mine]
+        start, masks = (None if pictures is None else pictures[mine] for pictures in (start, masks))
         self._images, self._masks = images, masks
         self.particles = LatentStack(
             self._encoded(prior.encode, images),
