@@ -378,14 +378,14 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Dem
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: one sentence and exit code 1 for what a user can mend, 130 after Ctrl-C."""
     try:
-        with one_sentence("csd"), ranks.joined():
+        with one_sentence(ranks.named("csd")), ranks.joined():
             command = _parse(arguments)
             start = time.monotonic()
             result = command.run()
             if ranks.rank() == 0:
                 print(f"wrote {result} in {time.monotonic() - start:.0f} s")
     except KeyboardInterrupt:
-        print("csd: interrupted; the same command with --resume goes on.", file=sys.stderr)
+        print(f"{ranks.named('csd')}: interrupted; the same command with --resume goes on.", file=sys.stderr)
         sys.exit(130)
 
 

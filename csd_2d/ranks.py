@@ -43,6 +43,12 @@ def rank() -> int:
     return dist.get_rank() if _joined else 0
 
 
+def named(program: str) -> str:
+    """A program's name in its messages, from which process they come where it is not the first."""
+    number = os.environ.get("RANK", "0")
+    return program if number == "0" else f"{program}, process {number}"
+
+
 @contextmanager
 def joined(timeout: timedelta = TIMEOUT) -> Iterator[None]:
     """Inside, the processes that torchrun started work on one edit; the CUDA device is this process's own.

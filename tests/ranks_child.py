@@ -15,7 +15,8 @@ from torch import Tensor
 from csd_2d import CanvasCrops, EditConfig, LatentStack, edit, load_preset, load_prior, ranks
 from csd_2d.edit import _ProgressFile
 from csd_2d.images import ImageStack, edit_images
-from csd_2d.panorama import edit_panorama
+from csd_2d.panorama import PanoramaCanvas, edit_panorama
+from csd_2d.particles import Particles
 from csd_2d.priors import Prior
 from csd_2d.priors.analytic import AnalyticPrior
 
@@ -47,11 +48,15 @@ def edits(model: str) -> dict[str, Callable[[], list[Tensor]]]:
     # On random weights guidance of 7.5 diverges: their estimates are not those of a denoiser.
     calm = EditConfig(steps=3, guidance_scale=1.5, lr=0.1)
 
-    def images(config: EditConfig, prior: Prior | None = None, **options) -> list[Tensor]:
-        return edit_images(frames, prior or AnalyticPrior(), "make it night", config, **options)
+    def images(config: EditConfig, **options) -> list[Tensor]:
+        return edit_images(frames, AnalyticPrior(), "make it night", config, **options)
 
-    def diffusers() -> Prior:
-        return load_prior(model, micro_batch=1)  # how a U-Net rounds depends on the rows it takes at once
+    def latents(prompts: list[str], particles: Callable[[Prior], Particles]) -> list[Tensor]:
+        """By a U-Net, which takes one row at a time: how it rounds depends on the rows."""
+        prior = load_prior(model, micro_batch=1)
+        made = particles(prior)
+        edit(made, prior, prompts, calm)
+        return ranks.whole_parameters(made)
 
     def panorama(image: Tensor, config: EditConfig, **options) -> list[Tensor]:
         return [edit_panorama(image, SmallWindow(), "make it night", config, **options)]
@@ -62,14 +67,14 @@ def edits(model: str) -> dict[str, Callable[[], list[Tensor]]]:
         "images, paper": lambda: images(paper),
         "images, no svgd, shared noise": lambda: images(EditConfig(steps=STEPS, svgd=False, noise="shared")),
         "images, masks": lambda: images(default, masks=[_half(frame) for frame in frames]),
-        "images, diffusers": lambda: images(calm, diffusers()),
+        "images, diffusers": lambda: latents(["make it night"], lambda prior: ImageStack(frames, prior).particles),
         "panorama": lambda: panorama(wide, default),
         "panorama, paper": lambda: panorama(wide, paper, fade=False, stride=4),
         "panorama, wrapped, one noise": lambda: panorama(wide, EditConfig(steps=STEPS, noise="canvas"), wrap=True),
         "panorama of fewer crops than processes": lambda: panorama(small, default),
-        "panorama, diffusers, two prompts": lambda: [
-            edit_panorama(smooth(70, 150), diffusers(), ["it", "make it"], calm)
-        ],
+        "panorama, diffusers, two prompts": lambda: latents(
+            ["it", "make it"], lambda prior: PanoramaCanvas(smooth(70, 150), prior, 2).crops
+        ),
     }
 
 
