@@ -74,7 +74,8 @@ def test_a_process_that_is_lost_ends_the_others_and_leaves_what_was_finished(tmp
     long_edit(whole, tmp_path / "other")
     long_edit(resumed, file, lambda info: steps.append(info.step))
     assert steps == list(range(5, 12))
-    torch.testing.assert_close(resumed.latents, whole.latents, atol=1e-6, rtol=0)
+    # Sums over other numbers of processes round differently, and a step builds on the ones before.
+    torch.testing.assert_close(resumed.latents, whole.latents, atol=1e-5, rtol=0)
     assert not file.exists()
 
 
