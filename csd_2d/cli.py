@@ -225,6 +225,7 @@ class Generate:
 
         _check_image_output(self.output)
         options = self.options
+        resume = options.resume_file(self.output)
         prior = options.model.load(options.prompt, default="sd")
         if not isinstance(prior, TextToImagePrior):
             raise ValueError(
@@ -239,7 +240,7 @@ class Generate:
             self.stride,
             self.wrap,
             progress="generating",
-            resume=options.resume_file(self.output),
+            resume=resume,
         )
         write_image(image, self.output)
         return f"{self.output} ({image.shape[-1]}x{image.shape[-2]} px)"
