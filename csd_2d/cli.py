@@ -275,6 +275,7 @@ class Generate:
 
         _check_image_output(self.output)
         options = self.options
+        resume = options.resume_file(self.output)
         prior = options.model.load(options.prompt, default="sd")
         if not isinstance(prior, TextToImagePrior):
             raise ValueError(
@@ -289,7 +290,7 @@ class Generate:
             self.stride,
             self.wrap,
             progress="generating",
-            resume=options.resume_file(self.output),
+            resume=resume,
         )
         if ranks.rank() == 0:
             write_image(image, self.output)

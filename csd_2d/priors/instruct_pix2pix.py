@@ -49,10 +49,8 @@ class InstructPix2PixPrior(UNetPrior):
         """
         return self._mode(images)
 
-    def _beside(
-        self, x_t: Float[Tensor, "b 4 h w"], condition: Float[Tensor, "b 4 h w"], branches: Sequence[Branch]
-    ) -> Float[Tensor, "b 4 h w"]:
-        blind = torch.tensor([branch == "uncond" for branch in branches], device=x_t.device)
+    def _beside(self, condition: Float[Tensor, "b 4 h w"], branches: Sequence[Branch]) -> Float[Tensor, "b 4 h w"]:
+        blind = torch.tensor([branch == "uncond" for branch in branches], device=condition.device)
         return condition.masked_fill(blind[:, None, None, None], 0)
 
 

@@ -69,9 +69,7 @@ class TextToImagePrior(UNetPrior):
         """
         return super().encode_text([*prompts, *self._source])
 
-    def _beside(
-        self, x_t: Float[Tensor, "b 4 h w"], condition: Float[Tensor, "b 0 h w"], branches: Sequence[Branch]
-    ) -> Float[Tensor, "b 0 h w"]:
+    def _beside(self, condition: Float[Tensor, "b 0 h w"], branches: Sequence[Branch]) -> Float[Tensor, "b 0 h w"]:
         return condition
 
 

@@ -74,9 +74,7 @@ class UNetPrior(DiffusersPrior):
             return self.text_encoder(tokens.to(self.device))[0]
 
     @abstractmethod
-    def _beside(
-        self, x_t: Float[Tensor, "b c h w"], condition: Float[Tensor, "b _ h w"], branches: Sequence[Branch]
-    ) -> Float[Tensor, "b _ h w"]:
+    def _beside(self, condition: Float[Tensor, "b _ h w"], branches: Sequence[Branch]) -> Float[Tensor, "b _ h w"]:
         """The channels that the U-Net sees beside x_t."""
 
     def _estimate(self, rows: Tensor, time: float, *text: Tensor) -> Tensor:
@@ -93,7 +91,7 @@ class UNetPrior(DiffusersPrior):
     ) -> Float[Tensor, "b c h w"]:
         """The U-Net's estimate in the dtype of `x_t`, `micro_batch` rows at a time whatever their branches."""
         seen, time = self.schedule.network_input(x_t, timestep)
-        rows = torch.cat([seen, self._beside(x_t, condition, branches)], dim=1).to(self.unet.dtype)
+        rows = torch.cat([seen, self._beside(condition, branches)], dim=1).to(self.unet.dtype)
         numbers = [branch if isinstance(branch, int) else self.wordless_rows[branch] for branch in branches]
         texts = [part[numbers] for part in (text if isinstance(text, PooledText) else (text,))]
         output = self._in_micro_batches(lambda batch, *parts: self._estimate(batch, time, *parts), rows, *texts)
