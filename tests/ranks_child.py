@@ -116,7 +116,7 @@ def main() -> None:
             particles = frames_stack() if what == "resume stack" else long_canvas()
             steps = []
             long_edit(particles, Path(file), lambda info: steps.append(info.step))
-            whole = ranks.whole_parameters(particles)[0]
+            whole = ranks.whole_parameters(particles)
             if ranks.rank() == 0:
                 torch.save({"steps": steps, "latents": whole}, f"{file}.result")
         elif what == "too few":
