@@ -31,12 +31,15 @@ class Transport(Protocol):
 class FrameFlows:
     """Correspondences of a video's frames: optical flow, estimated when a pair is first asked for, and kept.
 
-    What is kept is at latent resolution, 12 bytes a cell for each ordered pair of frames.
+    Frames further apart than `REACH` count as showing nothing in common. What is kept of the others is at latent
+    resolution, 12 bytes a cell for each ordered pair.
 
     Args:
         frames: the unedited frames, of one size in whole cells, RGB in [0, 1].
         cell: pixels per latent cell along one side.
     """
+
+    REACH = 12
 
     def __init__(self, frames: Sequence[Float[Tensor, "3 H W"]], cell: int) -> None:
         self._frames, self._cell = frames, cell
@@ -62,12 +65,14 @@ class FrameFlows:
         """Among some of the frames."""
 
         def moved(values: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
-            flows, valid = (
-                torch.stack(maps).to(values)
-                for maps in zip(*(self.between(indices[receiver], sender) for sender in indices), strict=True)
-            )
-            arrived = warp(values, flows)
-            arrived[receiver], valid[receiver] = values[receiver], 1
+            here = indices[receiver]
+            near = [row for row, sender in enumerate(indices) if 0 < abs(sender - here) <= self.REACH]
+            arrived, valid = values.clone(), torch.zeros_like(values[:, :1])
+            valid[receiver] = 1
+            if near:
+                maps = zip(*(self.between(here, indices[row]) for row in near), strict=True)
+                flows, seen = (torch.stack(rows).to(values) for rows in maps)
+                arrived[near], valid[near] = warp(values[near], flows), seen
             return arrived, valid
 
         return moved

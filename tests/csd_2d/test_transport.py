@@ -126,6 +126,14 @@ def test_frames_follow_a_known_shift_in_latent_cells(cell):
     assert moved[0, 0, 21:23, 19:21].min() > 0.8
 
 
+def test_distant_frames_are_not_compared():
+    still = [torch.rand(3, 16, 16)] * (FrameFlows.REACH + 2)
+    flows = FrameFlows(still, 1)
+    values = torch.randn(3, 2, 16, 16)
+    _, valid = flows.transport([0, FrameFlows.REACH, FrameFlows.REACH + 1])(values, 0)
+    assert valid[0].all() and valid[1].all() and not valid[2].any()
+
+
 def test_low_pass_is_a_projection_and_its_repulsion_is_the_gradient():
     """Q x in place of x is all SVGD needs: the kernel's gradient by autograd through Q says the same."""
     x = torch.randn(3, 2, 7, 10, dtype=torch.float64)
