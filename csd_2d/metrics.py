@@ -46,3 +46,19 @@ def warp_error(
     """
     gaps = (warp(frames[1:], flows) - frames[:-1]).square().mean(1, keepdim=True)
     return ((gaps * visible).sum() / visible.sum().clamp(min=1)).item()
+
+
+def wrap_seam(image: Float[Tensor, "3 H W"], reach: int = 16) -> float:
+    """How much more the left and the right border of a 360 degree image differ than neighbouring columns near them.
+
+    The mean absolute difference across the border over that of the columns within `reach` of it; 1: no seam.
+
+    Example:
+        >>> ramp = torch.linspace(0, 1, 50).expand(3, 4, 50)
+        >>> round(wrap_seam(ramp)), round(wrap_seam(torch.cat([ramp, ramp.flip(-1)], -1)))
+        (49, 0)
+    """
+    around = torch.cat([image[..., -reach:], image[..., :reach]], -1)
+    steps = around.diff(dim=-1).abs().mean((0, 1))
+    across = steps[reach - 1]
+    return (across / (steps.sum() - across) * (len(steps) - 1)).item()
