@@ -26,9 +26,9 @@ from csd_2d.particles import NoiseMode, Particles
 from csd_2d.priors import Prior
 from csd_2d.transport import Transport, everywhere
 
-MIXED_NUMBERS = 2**24
-"""Most latent numbers a step takes, 64 MiB: what is mixed at once is held in memory at once, several times over. It is
-what 1,024 particles of 512 px have in Stable Diffusion."""
+MIXED_NUMBERS = 2**23
+"""Most latent numbers a step takes, 32 MiB: what is mixed at once is held in memory at once, several times over. It is
+what 512 particles of 512 px have in Stable Diffusion."""
 
 OWN_SCORE = 0.01
 """Factor on the median bandwidth under which a particle hears nobody but itself."""
@@ -242,10 +242,12 @@ class EditRun:
         self._generator = torch.Generator().manual_seed(config.seed)
         rounds = particles.rounds()
         most, longest = max(1, MIXED_NUMBERS // ranks.numbers(particles)), max(map(len, rounds))
-        self._batch = min((particles.default_batch if config.batch is None else config.batch) or longest, most)
+        batch = min((particles.default_batch if config.batch is None else config.batch) or longest, most)
+        # Moving as one takes no more memory in the prior than any other step, whose rows are several a particle.
+        self._at_once = min(batch, max(1, most // 16))
         self._drawn = {
             True: Batches(rounds, 0 if longest <= most else most, self._generator),
-            False: Batches(rounds, 0 if longest <= self._batch else self._batch, self._generator),
+            False: Batches(rounds, 0 if longest <= batch else batch, self._generator),
         }
 
     def fingerprint(self) -> str:
@@ -287,27 +289,15 @@ class EditRun:
         x_0 = division.of_mine(particles.render)
         clean = x_0.detach()
         noise = particles.noise(indices, config.noise, self._generator)[division.mine]
-        x_t = add_noise(clean, noise, alpha, sigma)
-        source_t = add_noise(division.of_mine(particles.source), noise, alpha, sigma)
-        stacks = [x_t, source_t, noise, division.of_mine(particles.condition)]
-        shares = division.of_mine(particles.shares)
-        residuals = [
-            edit_residual(
-                prior,
-                *(stack[rows] for stack in stacks),
-                timestep=timestep,
-                text=self._text,
-                **self.guidance,
-                baseline=config.baseline,
-                shares=None if shares is None else shares[rows],
-            )
-            for rows in torch.arange(len(clean)).split(self._batch)  # the prior never sees more at once
-            if len(rows)  # of images of their own a process may hold none of those drawn
-        ]
-        residual = division.gather(torch.cat([clean[:0], *residuals]))
+        mine = [indices[row] for row in division.mine]
+        residual = division.gather(self._residual(mine, clean, noise, timestep))
         direction = -residual
         if config.svgd:
-            compared = {"clean": clean, "low_pass": low_pass(clean), "noisy": x_t}[config.kernel_input]
+            compared = clean
+            if config.kernel_input != "clean":
+                compared = (
+                    low_pass(clean) if config.kernel_input == "low_pass" else add_noise(clean, noise, alpha, sigma)
+                )
             transport, scale = self._mixing(indices, together)
             direction = svgd_direction(
                 direction,
@@ -321,6 +311,31 @@ class EditRun:
             direction = direction[division.mine]
         info = StepInfo(step, timestep, indices, residual.square().mean().sqrt().item())
         return surrogate_loss(x_0, direction, weight=sigma**2), info
+
+    def _residual(
+        self, indices: list[int], x_0: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"], timestep: int
+    ) -> Float[Tensor, "n c h w"]:
+        """`edit_residual` of some particles, as many at a time as the prior may see."""
+        particles, prior = self.particles, self.prior
+        alpha, sigma = prior.alpha_sigma(timestep)
+        parts = [x_0[:0]]  # of images of their own a process may hold none of those drawn
+        for start in range(0, len(indices), self._at_once):
+            rows = slice(start, start + self._at_once)
+            drawn = indices[rows]
+            residual = edit_residual(
+                prior,
+                add_noise(x_0[rows], noise[rows], alpha, sigma),
+                add_noise(particles.source(drawn), noise[rows], alpha, sigma),
+                noise[rows],
+                particles.condition(drawn),
+                timestep=timestep,
+                text=self._text,
+                **self.guidance,
+                baseline=self.config.baseline,
+                shares=particles.shares(drawn),
+            )
+            parts.append(residual)
+        return torch.cat(parts)
 
     def _mixing(self, indices: list[int], together: bool) -> tuple[Transport | None, float]:
         """What the scores of a step are mixed by: the transport, if one is wanted and known, and the bandwidth."""
