@@ -146,7 +146,7 @@ def edit_images(
         start: images to start from, of the same sizes (a scene's present renders); default: the sources.
         masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. Default: all.
         config, on_step, progress, resume: see `csd_2d.edit.edit`.
-        follow: the images are frames of one video, and optical flow tells where they show the same things.
+        follow: the images are frames of one video; `config.transport` moves scores along their optical flow.
 
     Returns:
         The edited images on the CPU, in the sources' sizes.
@@ -165,7 +165,9 @@ def edit_images(
         with torch.no_grad():
             return torch.cat([encode(pad(image[None], height, width).to(prior.device)) for image in sources])
 
-    flows = FrameFlows([pad(image[None], height, width)[0] for image in images], prior.cell) if follow else None
+    flows = None
+    if follow and config is not None and config.transport != "off":
+        flows = FrameFlows([pad(image[None], height, width)[0] for image in images], prior.cell)
     source = encoded(prior.encode, images)
     particles = LatentStack(
         source,
