@@ -30,8 +30,9 @@ MIXED_NUMBERS = 2**23
 """Most latent numbers a step takes, 32 MiB: what is mixed at once is held in memory at once, several times over. It is
 what 512 particles of 512 px have in Stable Diffusion."""
 
-OWN_SCORE = 0.01
-"""Factor on the median bandwidth under which a particle hears nobody but itself."""
+OWN_SCORE, SAME_PLACES = 0.01, 10.0
+"""Factors on the median bandwidth in the second phase: so small that each particle follows its own score, and, where
+scores are moved to corresponding places, so large that all count almost alike."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,15 @@ class EditConfig:
     """Latents the kernel compares: x_0, x_0 without detail (`low_pass`), or x_t as published. Independent noise hides
     what the images show."""
     transport: Literal["off", "first", "second", "both"] = "off"
-    """Phases in which scores are moved to where the receiver shows the same thing before they are mixed."""
+    """Phases in which scores are moved to where the receiver shows the same thing before they are mixed, as far as that
+    is known: between frames of a video (optical flow) and crops of a panorama. Makes a video flicker less."""
     noise: NoiseMode = "independent"
     """Noise of the particles in one step."""
     bandwidth_scale_together: float = 1000.0
     """Factor on the median bandwidth in the first phase. Large: all particles move as one."""
     bandwidth_scale: float | None = None
-    """Factor on the median bandwidth in the second phase. Default: where scores are moved to corresponding places that
-    of the first; else 0.01, so small that each particle follows its own score."""
+    """Factor on the median bandwidth in the second phase. Default: 0.01, so small that each particle follows its own
+    score; 10 where scores are moved to corresponding places."""
     normalize_rows: bool = True
     """Divide kernel rows by their sum, so that step size does not depend on the number of particles."""
     seed: int = 0
@@ -347,7 +349,7 @@ class EditRun:
             return None if transport is None else everywhere(transport), config.bandwidth_scale_together
         if config.bandwidth_scale is not None:
             return transport, config.bandwidth_scale
-        return transport, OWN_SCORE if transport is None else config.bandwidth_scale_together
+        return transport, OWN_SCORE if transport is None else SAME_PLACES
 
 
 class _ProgressFile:

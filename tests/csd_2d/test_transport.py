@@ -200,7 +200,7 @@ def test_the_second_phase_mixes_widely_only_where_places_are_known():
     torch.testing.assert_close(narrow.edited, own.edited)
     wide = Watched("both", together=0.0)
     assert (wide.edited - own.edited).abs().max() > 1e-3
-    torch.testing.assert_close(wide.edited, Watched("both", together=0.0, bandwidth_scale=1000.0).edited)
+    torch.testing.assert_close(wide.edited, Watched("both", together=0.0, bandwidth_scale=10.0).edited)
 
 
 def test_metrics_of_a_moving_picture():
