@@ -167,7 +167,7 @@ def svgd_direction(
         s, x = s.view_as(scores), x.view_as(particles)
         pairs = zip(receivers, gram, slope, strict=True)
         moved = [_moved_row(s, x, weights, slopes, normalize_rows, transport, i) for i, weights, slopes in pairs]
-        return torch.stack(moved).to(scores.dtype)
+        return torch.stack(moved).to(scores.dtype) if moved else scores[:0]
     norm = gram.sum(1, keepdim=True) if normalize_rows else len(x)
     repulsion = slope.sum(1, keepdim=True) * mine - slope @ x
     return ((gram @ s + repulsion) / norm).unflatten(1, scores.shape[1:]).to(scores.dtype)

@@ -64,8 +64,11 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     before = signal.signal(signal.SIGTERM, _told_to_end)
     try:
-        with _exchange():
+        try:
             dist.init_process_group("gloo", timeout=timeout)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise LostRankError(f"the processes of this edit did not find each other: {reason}") from error
         _joined = True
         yield
     finally:
@@ -75,7 +78,7 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-_RESUME = "what was finished half a minute before at the latest is kept, and --resume goes on from it"
+_RESUME = "the same command with --resume goes on from half a minute before, or less"
 
 
 def _told_to_end(*_: object) -> None:
@@ -88,9 +91,8 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(
-            f"another process of this edit ended, or did not answer in time ({str(error).splitlines()[0]}); {_RESUME}."
-        ) from error
+        how = "did not answer in time" if "timed out" in str(error).lower() else "ended"
+        raise LostRankError(f"another process of this edit {how}; {_RESUME}.") from error
 
 
 def share(count: int, rank: int) -> range:
@@ -202,7 +204,8 @@ def sum_gradients(particles: Particles) -> None:
     if size() == 1 or is_shared_out(particles):
         return
     for parameter in particles.parameters():
-        assert parameter.grad is not None
+        if parameter.grad is None:  # not drawn, by any process
+            continue
         total = parameter.grad.cpu()
         with _exchange():
             dist.all_reduce(total)

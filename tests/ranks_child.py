@@ -19,6 +19,7 @@ from csd_2d.panorama import PanoramaCanvas, edit_panorama
 from csd_2d.particles import Particles
 from csd_2d.priors import Prior
 from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.video import Clip, edit_video
 
 STEPS = 6
 
@@ -61,7 +62,12 @@ def edits(model: str) -> dict[str, Callable[[], list[Tensor]]]:
     def panorama(image: Tensor, config: EditConfig, **options) -> list[Tensor]:
         return [edit_panorama(image, SmallWindow(), "make it night", config, **options)]
 
+    def video() -> list[Tensor]:
+        edited = edit_video(Clip(frames[2:]), AnalyticPrior(), "make it night", default)
+        return list(edited.frames) if ranks.rank() == 0 else []  # the first has them
+
     return {
+        "video": video,
         "images": lambda: images(default),
         "images, of which few are drawn": lambda: images(EditConfig(steps=STEPS, together=0.2, batch=2)),
         "images, paper": lambda: images(paper),
@@ -71,6 +77,7 @@ def edits(model: str) -> dict[str, Callable[[], list[Tensor]]]:
         "panorama": lambda: panorama(wide, default),
         "panorama, paper": lambda: panorama(wide, paper, fade=False, stride=4),
         "panorama, wrapped, one noise": lambda: panorama(wide, EditConfig(steps=STEPS, noise="canvas"), wrap=True),
+        "panorama, transport": lambda: panorama(wide, EditConfig(steps=STEPS, transport="both")),
         "panorama of fewer crops than processes": lambda: panorama(small, default),
         "panorama, diffusers, two prompts": lambda: latents(
             ["it", "make it"], lambda prior: PanoramaCanvas(smooth(70, 150), prior, 2).crops
@@ -96,7 +103,7 @@ def long_canvas() -> CanvasCrops:
 def main() -> None:
     what, file, *model = sys.argv[1:]
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=5 if what == "hang" else 120)
+    timeout = timedelta(seconds=15 if what == "hang" else 120)
     with ranks.joined(timeout):
         if what == "edits":
             results = {name: run() for name, run in edits(*model).items()}
@@ -109,7 +116,7 @@ def main() -> None:
 
             def fail(info) -> None:
                 if ranks.rank() == 1 and info.step == 4:
-                    os.kill(os.getpid(), signal.SIGKILL) if what == "die" else time.sleep(60)
+                    os.kill(os.getpid(), signal.SIGKILL) if what == "die" else time.sleep(30)
 
             long_edit(frames_stack(), Path(file), fail)
         elif what in ("resume stack", "resume canvas"):

@@ -247,7 +247,7 @@ def _published(
     ]
     unet = cast(UNet2DConditionModel, prior.unet)
     scales = prior.guidance_scale, prior.image_guidance_scale
-    published = Published(unet, prior.alphas_cumprod, prior.encode_text([PROMPT]), *scales)
+    published = Published(unet, prior.schedule.alphas_cumprod, prior.encode_text([PROMPT]), *scales)
     if task == "panorama":
         corners = CanvasCrops(source, condition, prior.window, prior.window // 4, fade=False).corners
         run = edit_canvas(published, source, condition, corners, prior.window, draws, config.lr)
