@@ -305,7 +305,9 @@ class EditRun:
         )
         direction = -residual
         if config.svgd:
-            compared = {"clean": clean, "low_pass": low_pass(clean), "noisy": x_t}[config.kernel_input]
+            compared = x_t if config.kernel_input == "noisy" else clean
+            if config.kernel_input == "low_pass":
+                compared = low_pass(clean)
             transport, scale = self._mixing(indices, together)
             kernel = RBFKernel(bandwidth_scale=scale)
             direction = svgd_direction(direction, compared, kernel, config.normalize_rows, transport)
