@@ -351,8 +351,8 @@ def _check_output(path: Path, source: Path | None = None) -> Path:
 
 _DESCRIPTION = f"""Edit a set of images together, from one sentence, so that they stay consistent.
 
-Two models: `--prior tiny` comes with csd, runs on any computer and follows a list of instructions; `--prior ip2p`
-({DEFAULT_MODEL}) follows any and wants a GPU. `csd COMMAND --help` explains the options.
+Two models to begin with: `--prior tiny` comes with csd, runs on any computer and follows a list of instructions;
+`--prior ip2p` ({DEFAULT_MODEL}) follows any and wants a GPU. `csd COMMAND --help` explains the options.
 """
 
 

@@ -48,9 +48,9 @@ class EditConfig:
     lr_decay_every: int = 20
     """Steps between two decays of the learning rate (authors' code: 20)."""
     together: float = 0.5
-    """Share of the steps that make the first phase. In it all particles move as one (of over 256, as many at a time),
-    under noise that leaves the answer open; in the second each follows its own score, under noise too weak to change
-    the answer. 0: no first phase, as published."""
+    """Share of the steps that make the first phase. In it all particles move as one (of those that do not fit
+    the memory, as many at a time as do), under noise that leaves the answer open; in the second each follows its own
+    score, under noise too weak to change the answer. 0: no first phase, as published."""
     batch: int | None = None
     """Particles drawn for a step of the second phase; 0 takes all of them. Default: of frames or views a third, but 8
     at least (paper: 4 of 12 crops); of a canvas as many crops as cover it. Fewer make a step cheaper, and leave each

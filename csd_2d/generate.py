@@ -5,13 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.edit import EditConfig, Prompt, StepInfo, check_prompt, edit
 from csd_2d.images import round_up
-from csd_2d.panorama import stripes
+from csd_2d.panorama import check_wrap, closed, opened, stripes
 from csd_2d.particles import CanvasCrops
 from csd_2d.priors import Prior
 
@@ -67,10 +66,8 @@ def generate(
     width = 4 * window * cell if width is None else width
     if min(height, width) < 1:
         raise ValueError(f"height and width must be at least 1 px, got {height} and {width}.")
-    if wrap and (width % cell or width < window * cell):
-        raise ValueError(
-            f"a picture that wraps must be at least {window * cell} px wide, and a multiple of {cell}; got {width} px."
-        )
+    if wrap:
+        check_wrap(width, prior)
     rows, columns = (max(round_up(size, cell) // cell, window) for size in (height, width))
     # A seed of its own: the run below draws its noise from config.seed.
     noise = torch.Generator().manual_seed(config.seed + 1)
@@ -81,7 +78,7 @@ def generate(
             torch.randn(1, channels, rows, columns, generator=noise).to(prior.device),
             prior.condition(grey),
             window,
-            max(3 * window // 4, 1) if stride is None else stride,
+            stride,
             regions=torch.cat(stripes(len(prompts), rows, columns))[None].to(prior.device)
             if len(prompts) > 1
             else None,
@@ -92,6 +89,5 @@ def generate(
     edit(crops, prior, prompts, config, on_step, progress, resume)
     margin = window // 2 if wrap else 0
     with torch.no_grad():
-        around = F.pad(crops.edited(), (margin, margin, 0, 0), mode="circular")
-        picture = prior.decode(around)[0, ..., margin * cell : (margin + columns) * cell]
-    return picture[:, :height, :width].cpu()
+        picture = opened(prior.decode(closed(crops.edited(), margin)), margin * cell)
+    return picture[0, :, :height, :width].cpu()

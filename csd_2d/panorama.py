@@ -37,13 +37,22 @@ def compose(
     return torch.where(total > 0, stacked / total.clamp(min=1e-6), 1 / len(stacked)), total.clamp(max=1)
 
 
-def _around(canvas: Float[Tensor, "1 c h w"], margin: int) -> Float[Tensor, "1 c h _"]:
+def check_wrap(width: int, prior: Prior) -> None:
+    """Raises ValueError if an image of that width cannot be a circle."""
+    smallest = prior.window * prior.cell
+    if width % prior.cell or width < smallest:
+        raise ValueError(
+            f"an image that wraps must be at least {smallest} px wide, and a multiple of {prior.cell}; got {width} px."
+        )
+
+
+def closed(canvas: Float[Tensor, "1 c h w"], margin: int) -> Float[Tensor, "1 c h _"]:
     """With what lies beyond the left and the right border of a circle."""
     return F.pad(canvas, (margin, margin, 0, 0), mode="circular")
 
 
-def _inner(canvas: Float[Tensor, "1 c h _"], margin: int) -> Float[Tensor, "1 c h w"]:
-    """Takes away what `_around` added."""
+def opened(canvas: Float[Tensor, "1 c h _"], margin: int) -> Float[Tensor, "1 c h w"]:
+    """Takes away what `closed` added."""
     return canvas[..., margin : canvas.shape[-1] - margin]
 
 
@@ -89,11 +98,8 @@ class PanoramaCanvas:
                     f"{name} must be of the image's size, got {tuple(picture.shape)} for {tuple(image.shape)}."
                 )
         smallest = prior.window * prior.cell
-        if wrap and (width % prior.cell or width < smallest):
-            raise ValueError(
-                f"an image that wraps must be at least {smallest} px wide, and a multiple of {prior.cell}; "
-                f"got {width} px."
-            )
+        if wrap:
+            check_wrap(width, prior)
         shares, covered = compose(regions)
         if not bool((covered == 1).all()):
             mask = covered if mask is None else mask * covered
@@ -102,12 +108,12 @@ class PanoramaCanvas:
         # In cells: what lies beyond the border of a circle, for the encoder and the decoder to see.
         self._margin = prior.window // 2 if wrap else 0
         with torch.no_grad():
-            around = _around(self._padded(image), self._margin * prior.cell)
+            around = closed(self._padded(image), self._margin * prior.cell)
             self.crops = CanvasCrops(
-                _inner(prior.encode(around), self._margin),
-                _inner(prior.condition(around), self._margin),
+                opened(prior.encode(around), self._margin),
+                opened(prior.condition(around), self._margin),
                 prior.window,
-                max(3 * prior.window // 4, 1) if stride is None else stride,
+                stride,
                 None if mask is None else cell_mask(self._padded(mask), prior.cell),
                 F.avg_pool2d(self._padded(shares), prior.cell) if prompts > 1 else None,
                 blend_regions,
@@ -122,8 +128,8 @@ class PanoramaCanvas:
     def decode(self) -> Float[Tensor, "3 H W"]:
         """The image as edited, on the CPU, RGB in [0, 1]."""
         height, width = self._image.shape[-2:]
-        decoded = self._prior.decode(_around(self.crops.edited(), self._margin))
-        edited = _inner(decoded, self._margin * self._prior.cell)[0, :, :height, :width].cpu()
+        decoded = self._prior.decode(closed(self.crops.edited(), self._margin))
+        edited = opened(decoded, self._margin * self._prior.cell)[0, :, :height, :width].cpu()
         return edited if self._mask is None else torch.lerp(self._image, edited, self._mask)
 
 

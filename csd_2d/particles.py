@@ -186,7 +186,7 @@ class CanvasCrops:
         source: latents of the whole unedited image.
         condition: the whole unedited image as the prior wants it.
         window: side of a square crop, in cells.
-        stride: largest distance between crops of a grid, in cells, at most `window`.
+        stride: largest distance between crops of a grid, in cells, at most `window`. Default: three quarters of it.
         mask: which cells may change; the others stay the source's. Default: all.
         regions: where each of several prompts applies; adds up to 1 in every cell. Default: there is one prompt.
         blend_regions: False: as published, a prompt's share of a crop is the part of the crop its region covers
@@ -207,13 +207,14 @@ class CanvasCrops:
         source: Float[Tensor, "1 c h w"],
         condition: Float[Tensor, "1 c h w"],
         window: int,
-        stride: int,
+        stride: int | None = None,
         mask: Bool[Tensor, "1 1 h w"] | None = None,
         regions: Float[Tensor, "1 prompts h w"] | None = None,
         blend_regions: bool = False,
         wrap: bool = False,
         fade: bool = True,
     ) -> None:
+        stride = max(3 * window // 4, 1) if stride is None else stride
         if not 1 <= stride <= window:
             raise ValueError(f"stride must be from 1 to the window of {window} cells, got {stride}.")
         self.window = window
