@@ -139,7 +139,7 @@ def load_preset(name: str) -> EditConfig:
     """Settings by the name of a preset in `configs/`, or from a YAML file of one's own.
 
     A preset holds only what differs from the defaults. `paper` is eq. 9 as the authors run it, without their scripts'
-    defects.
+    defects. What it says under `scene` is for the edit of a 3D scene, see `preset_of_scene`.
 
     Raises:
         ValueError: if there is no such preset or file, or it holds an unknown setting or a value out of range.
@@ -148,14 +148,30 @@ def load_preset(name: str) -> EditConfig:
         >>> load_preset("paper").kernel_input
         'noisy'
     """
+    settings = _read_preset(name)
+    settings.pop("scene", None)
+    try:
+        return EditConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"preset {name} cannot be used: {error}") from error
+
+
+def preset_of_scene(name: str) -> dict[str, Any]:
+    """What a preset says of the edit of a 3D scene: settings of `csd_nerf`, by name. Raises as `load_preset`."""
+    settings = _read_preset(name).get("scene", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"preset {name} cannot be used: scene must hold settings, got {settings}.")
+    return settings
+
+
+def _read_preset(name: str) -> dict[str, Any]:
     if name == "default":
-        return EditConfig()
+        return {}
     source = Path(name) if name.endswith((".yaml", ".yml")) else files("csd_presets") / f"{name}.yaml"
     if not source.is_file():
         raise ValueError(f"unknown preset '{name}'; expected {', '.join(preset_names())} or a .yaml file.")
     try:
-        settings = yaml.safe_load(source.read_text()) or {}
-        return EditConfig(**settings)
+        return dict(yaml.safe_load(source.read_text()) or {})
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"preset {name} cannot be used: {error}") from error
 

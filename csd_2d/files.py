@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNFINISHED = ".unfinished-"
+"""How names of temporary folders begin. One that is there while nothing writes is left of a program that was killed."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -14,7 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     So that a reader never meets a half-written file, and an error leaves what was there before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)

@@ -28,6 +28,7 @@ from csd_2d.closed_form import known_answers
 from csd_2d.files import replacing
 from csd_2d.images import to_tensor, write_image
 from csd_2d.video import Clip, write_clip
+from csd_nerf.artefacts import film, render, side_by_side
 from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
 from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntable, write_scene
 
@@ -81,10 +82,10 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
     with watch.stage("rendering novel views and the film"):
         before, after = (load_scene(run) for run in (scene_run, edit_run))
         novel = NovelViews(before, after, prompt)
-        film = _film(before.model, after.model)
+        turn = _turntable(before.model, after.model)
     with watch.stage("writing the results"):
         write_image(novel.contact_sheet(), folder / "before_after.png")
-        write_clip(film, folder / "turntable.mp4")
+        write_clip(turn, folder / "turntable.mp4")
         (edit_run.parent / "edited").rename(folder / "edited")
     report = {
         "prompt": prompt,
@@ -123,6 +124,7 @@ def edit_config(folder: Path, scene_run: Path, prompt: str, seed: int) -> Traine
     config.load_run = scene_run  # type: ignore[attr-defined]
     config.pipeline.prompt = prompt  # type: ignore[attr-defined]
     config.max_num_iterations = config.pipeline.steps_per_round = EDIT_STEPS  # type: ignore[attr-defined]
+    config.pipeline.film_frames = 0  # type: ignore[attr-defined]  # the demo films a full turn itself
     return _demo_run(config, folder, seed)
 
 
@@ -150,10 +152,6 @@ def load_scene(run: Path) -> Pipeline:
     return eval_setup(run, test_mode="test")[1]
 
 
-def _render(model: Model, camera: Cameras) -> Float[Tensor, "3 H W"]:
-    return model.get_outputs_for_camera(camera)["rgb"].permute(2, 0, 1).clamp(0, 1).cpu()
-
-
 def _psnr(images: Tensor, references: Tensor) -> float:
     """In dB, of the mean over all images."""
     return -10 * (images - references).square().mean().log10().item()
@@ -168,7 +166,7 @@ class NovelViews:
         self.true = torch.stack([dataset[i]["image"][..., :3].permute(2, 0, 1) for i in range(len(dataset))])
         cameras = [dataset.cameras[i : i + 1] for i in range(len(dataset))]
         self.before, self.after = (
-            torch.stack([_render(pipeline.model, camera) for camera in tqdm(cameras, desc=name, unit="view")])
+            torch.stack([render(pipeline.model, camera) for camera in tqdm(cameras, desc=name, unit="view")])
             for name, pipeline in (("before", before), ("after", after))
         )
         # An ambiguous instruction has several answers; the scene is held to the one it took as a whole.
@@ -206,7 +204,7 @@ def _enlarged(images: Float[Tensor, "n 3 h w"], size: tuple[int, int]) -> np.nda
     return (255 * larger).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def _film(before: Model, after: Model) -> Clip:
+def _turntable(before: Model, after: Model) -> Clip:
     """One turn round both scenes, side by side."""
     lens = intrinsics(FILM_SIZE)
     cameras = Cameras(
@@ -218,11 +216,7 @@ def _film(before: Model, after: Model) -> Clip:
         width=int(lens["w"]),
         height=int(lens["h"]),
     )
-    frames = []
-    for i in tqdm(range(FILM_FRAMES), desc="film", unit="frame"):
-        pair = torch.cat([_render(model, cameras[i : i + 1]) for model in (before, after)], dim=-1)
-        frames.append(torch.nn.functional.interpolate(pair[None], scale_factor=4, mode="bicubic").clamp(0, 1)[0])
-    return Clip(frames)
+    return side_by_side([film(model, cameras) for model in (before, after)], enlarged=4)
 
 
 def _settings() -> dict[str, object]:

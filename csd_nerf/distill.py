@@ -1,6 +1,8 @@
 """Mode *distill*: the direction of CSD-Edit goes straight into the scene, through encoder and renderer."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,15 +23,22 @@ class SceneParticles:
     a graph of more than a chunk of rays, or one view; both run a second time when the gradient comes back.
 
     Args:
+        source: what the edit of a view is conditioned on.
         parameters: what is optimised.
     """
 
-    def __init__(self, views: TrainingViews, prior: Prior, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        views: TrainingViews,
+        source: Callable[[int], Tensor],
+        prior: Prior,
+        parameters: Iterable[nn.Parameter],
+    ) -> None:
         self._views, self._prior, self._parameters = views, prior, list(parameters)
-        originals = [views.original(index) for index in range(len(views))]
-        self._size = common_size([image.shape[-2:] for image in originals], prior.cell)
+        sources = [source(index) for index in range(len(views))]
+        self._size = common_size([image.shape[-2:] for image in sources], prior.cell)
         with torch.no_grad():
-            padded = [self._padded(image).to(prior.device) for image in originals]
+            padded = [self._padded(image).to(prior.device) for image in sources]
             self._source = torch.cat([prior.encode(image) for image in padded])
             self._condition = torch.cat([prior.condition(image) for image in padded])
 
@@ -76,6 +85,7 @@ class Distillation:
     """The scene's loss at every training step.
 
     Args:
+        source: what the edit of a view is conditioned on.
         load_prior: called at the first step, so that rendering a scene never loads a diffusion model.
         parameters: what is optimised.
     """
@@ -83,19 +93,31 @@ class Distillation:
     def __init__(
         self,
         views: TrainingViews,
+        source: Callable[[int], Tensor],
         load_prior: Callable[[], Prior],
         prompt: str,
         edit: EditConfig,
         parameters: Iterable[nn.Parameter],
     ) -> None:
-        self._views, self._load_prior, self._prompt, self._edit = views, load_prior, prompt, edit
-        self._parameters = list(parameters)
-        self._run: EditRun | None = None
+        self._views, self._source, self._load_prior = views, source, load_prior
+        self._prompt, self._edit, self._parameters = prompt, edit, list(parameters)
+
+    @cached_property
+    def _run(self) -> EditRun:
+        prior = self._load_prior()
+        particles = SceneParticles(self._views, self._source, prior, self._parameters)
+        return EditRun(particles, prior, self._prompt, self._edit)
 
     def loss(self, step: int) -> tuple[Float[Tensor, ""], StepInfo]:
         """See `EditRun.loss`."""
-        if self._run is None:
-            prior = self._load_prior()
-            particles = SceneParticles(self._views, prior, self._parameters)
-            self._run = EditRun(particles, prior, self._prompt, self._edit)
         return self._run.loss(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the scene."""
+        return {"edit": self._run.fingerprint(), "run": self._run.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` returned. ValueError if it is of another edit."""
+        if state["edit"] != self._run.fingerprint():
+            raise ValueError("the data or the settings have changed since the run was interrupted; begin a new run.")
+        self._run.load_state_dict(state["run"])

@@ -37,12 +37,13 @@ def masks_of_solid(views: TrainingViews, solid: Sphere | Box, feather: float) ->
     Raises:
         ValueError: if no view shows anything of it.
     """
-    masks = [inside(views.surface(index), solid) for index in range(len(views))]
+    masks = [feathered(inside(views.surface(index), solid), feather) for index in range(len(views))]
     if not any(bool(mask.any()) for mask in masks):
         raise ValueError(
-            f"nothing that the views show lies in {solid}; units are those of the scene as it was trained."
+            f"nothing that the views show lies in {solid}, or nothing wider than --pipeline.feather {feather}; units "
+            "are those of the scene as it was trained."
         )
-    return [feathered(mask, feather) for mask in masks]
+    return masks
 
 
 def masks_from_folder(views: TrainingViews, folder: Path, feather: float) -> list[Float[Tensor, "1 H W"]]:

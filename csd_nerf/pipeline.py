@@ -1,7 +1,8 @@
 """The nerfstudio pipeline that edits its scene while it trains."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any, Literal
 import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
 from csd_2d.edit import EditConfig
 from csd_2d.priors import Prior, load_prior
-from csd_nerf.dataset_update import DatasetUpdate
+from csd_nerf.artefacts import Artefacts, Cost, edits_before
+from csd_nerf.dataset_update import DatasetUpdate, time_left
 from csd_nerf.distill import Distillation
 from csd_nerf.masks import Box, Sphere, masks_from_folder, masks_of_solid
-from csd_nerf.scene import TrainingViews
+from csd_nerf.resume import random_state_kept
+from csd_nerf.scene import TrainingViews, pictures_of_the_start
 from csd_nerf.selection import Selection
 from csd_nerf.source_run import check_fits
 
@@ -34,6 +38,12 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """How the edit reaches the scene. dataset-update: in rounds, training images are edited and learned again (what
     the paper does). distill: every step renders some views, and the direction of the edit goes back through encoder
     and renderer into the scene; `edit.steps` and `edit.lr` are then those of the training."""
+    source: Literal["original", "current"] | None = None
+    """What the diffusion model is shown as the unedited view, and what views not edited yet are trained on: the
+    original images, or what the scene shows before this edit. Default: current if --load-run is an edit itself, so
+    that edits add up; else original."""
+    film_frames: int = 48
+    """Frames of turntable.mp4, which shows the scene before and after, side by side; 0: no film."""
     prior: str = "ip2p"
     """Diffusion model: 'ip2p' (timbrooks/instruct-pix2pix), another hub id, a local folder with a diffusers
     InstructPix2Pix pipeline, 'tiny' (ships with this package), or 'analytic' (exact scores of closed-form edits)."""
@@ -49,7 +59,7 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """The joint edit of one round's views."""
     preset: str = "default"
     """Another than `default` takes the place of all settings under `edit` but the seed: a name in configs/ (`paper` is
-    the published algorithm), or a .yaml file."""
+    the published algorithm, `fast` edits all views once, `low-memory` spares the GPU), or a .yaml file."""
     views_per_round: int = 16
     """Training views edited together in one round (paper: 16); 0 takes all of them. Dataset update only."""
     view_selection: Selection = "random"
@@ -74,9 +84,32 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
             raise ValueError(f"{' and '.join(local)} cannot be used {'together' if len(local) > 1 else 'in distill'}.")
         if self.masks is not None and not self.masks.is_dir():
             raise ValueError(f"masks must be a folder, there is none at {self.masks}.")
-        for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1)):
+        for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1), ("film_frames", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
+
+
+_OF_NERFSTUDIO = frozenset(f.name for f in dataclasses.fields(VanillaPipelineConfig))
+
+
+def memory_advice(config: CsdEditPipelineConfig) -> str:
+    """Which options take less memory, and by how much."""
+    advice = []
+    if config.micro_batch > 1:
+        half = config.micro_batch // 2
+        advice.append(
+            f"--pipeline.micro-batch {half} takes {1 - half / config.micro_batch:.0%} off what the diffusion model "
+            f"works with (now {config.micro_batch} rows at once), at the same result"
+        )
+    if not config.offload:
+        advice.append(
+            "--pipeline.offload keeps all of its networks but one off the GPU (of ip2p in float16: 0.4 of 2.1 GB)"
+        )
+    rays = getattr(config.datamanager, "train_num_rays_per_batch", 1)
+    advice.append(
+        f"--pipeline.datamanager.train-num-rays-per-batch {max(rays // 2, 1)} halves what a step of the scene takes"
+    )
+    return "; ".join(advice) + "."
 
 
 class CsdEditPipeline(VanillaPipeline):
@@ -92,6 +125,9 @@ class CsdEditPipeline(VanillaPipeline):
     def __init__(self, config: CsdEditPipelineConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._distillation: Distillation | None = None
+        self._update: DatasetUpdate | None = None
+        self.training_cost = Cost()
+        """Of the training steps so far."""
         self.model.camera_optimizer.requires_grad_(False)
         embedding = self.model.field.embedding_appearance  # type: ignore[union-attr]
         if embedding is not None:
@@ -116,8 +152,63 @@ class CsdEditPipeline(VanillaPipeline):
         callbacks = super().get_training_callbacks(training_callback_attributes)
         trainer, config = training_callback_attributes.trainer, self.config
         assert trainer is not None
+        run, start, total = trainer.base_dir, trainer._start_step, trainer.config.max_num_iterations
+        views = TrainingViews(self)
+        source = self._source(views, run)
+        masks = self._masks(views, run)
+        if config.mode == "distill":
+            edit = dataclasses.replace(config.edit, steps=total)
+            parameters = [p for group in self.get_param_groups().values() for p in group]
+            self._distillation = Distillation(views, source, self._prior, config.prompt, edit, parameters)
+        else:
+            self._update = DatasetUpdate(
+                views,
+                source,
+                self._prior,
+                config.prompt,
+                config.edit,
+                config.views_per_round,
+                config.view_selection,
+                folder=run,
+                seed=trainer.config.machine.seed + config.edit.seed,
+                load_masks=masks,
+            )
+            rounds, every = -(-total // config.steps_per_round), config.steps_per_round
+            for number in range(-(-start // every)):  # before the run was interrupted
+                self._update.run_round(number, finished=True)
 
-        def prior() -> Prior:
+            def run_round(step: int) -> None:
+                assert self._update is not None
+                with self.advising_on_memory():
+                    self._update.run_round(step // every, f"round {step // every + 1} of {rounds}")
+                left = time_left(self._update.costs, rounds, self.training_cost, step, total)
+                CONSOLE.print(f"Round {step // every + 1} of {rounds} is done{left}.")
+
+            # Not within the training step: that runs under autocast.
+            before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
+            callbacks.append(TrainingCallback([before], run_round, update_every_num_iters=every))
+        assert trainer.config.load_checkpoint is not None
+        artefacts = Artefacts(self, views, source, trainer.config.load_checkpoint, masks)
+
+        def write_artefacts(step: int) -> None:
+            artefacts.write(
+                run, self._report(trainer.config, total), config.film_frames, all_views=config.mode == "distill"
+            )
+
+        return [*callbacks, TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], write_artefacts)]
+
+    @contextmanager
+    def advising_on_memory(self) -> Iterator[None]:
+        """Says what lowers the use of memory when it does not suffice. ValueError then."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"out of GPU memory; {memory_advice(self.config)}") from error
+
+    def _prior(self) -> Prior:
+        config = self.config
+        # A model is built from random weights, and what is drawn for them must not shift the rays of the training.
+        with random_state_kept():
             return load_prior(
                 config.prior,
                 self.device,
@@ -127,41 +218,61 @@ class CsdEditPipeline(VanillaPipeline):
                 local_files_only=config.local_files_only,
             )
 
-        views = TrainingViews(self)
-        if config.mode == "distill":
-            edit = dataclasses.replace(config.edit, steps=trainer.config.max_num_iterations)
-            parameters = [p for group in self.get_param_groups().values() for p in group]
-            self._distillation = Distillation(views, prior, config.prompt, edit, parameters)
-            return callbacks
-        update = DatasetUpdate(
-            views,
-            prior,
-            config.prompt,
-            config.edit,
-            config.views_per_round,
-            config.view_selection,
-            rounds=-(-trainer.config.max_num_iterations // config.steps_per_round),
-            folder=trainer.base_dir / "edited",
-            seed=trainer.config.machine.seed + config.edit.seed,
-            load_masks=self._masks(views),
-        )
+    def _source(self, views: TrainingViews, run: Path) -> Callable[[int], Tensor]:
+        """What the edit of a view is conditioned on, and supervises it until it is edited."""
+        if self.config.source != "current":
+            return views.original
+        source = pictures_of_the_start(run / "source", views, views.render, "rendering the scene as it is")
+        for index in range(len(views)):
+            views.supervise(index, source(index))
+        return source
 
-        def run_round(step: int) -> None:
-            update.run_round(step // config.steps_per_round)
-
-        # Not within the training step: that runs under autocast.
-        before = TrainingCallback(
-            [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], run_round, update_every_num_iters=config.steps_per_round
-        )
-        return [*callbacks, before]
-
-    def _masks(self, views: TrainingViews) -> Callable[[], list[Tensor]] | None:
+    def _masks(self, views: TrainingViews, run: Path) -> Callable[[], list[Tensor]] | None:
         """What makes the masks of a local edit; None if all may change."""
         config = self.config
         if config.masks is not None:
             return partial(masks_from_folder, views, config.masks, config.feather)
         solid = config.box or config.sphere
-        return None if solid is None else partial(masks_of_solid, views, solid, config.feather)
+        if solid is None:
+            return None
+
+        def masks() -> list[Tensor]:
+            made: list[Tensor] = [] if (run / "masks").is_dir() else masks_of_solid(views, solid, config.feather)
+            mask = pictures_of_the_start(run / "masks", views, lambda index: made[index].expand(3, -1, -1), "masks")
+            return [mask(index)[:1] for index in range(len(views))]
+
+        return masks
+
+    def edit_state(self) -> dict[str, Any]:
+        """What an interrupted run needs to go on, beside the scene and what lies in its folder."""
+        return {
+            "training_cost": dataclasses.asdict(self.training_cost),
+            "steps_since_update": self.model.proposal_sampler._steps_since_update,  # type: ignore[union-attr]
+            "distillation": None if self._distillation is None else self._distillation.state_dict(),
+        }
+
+    def load_edit_state(self, state: dict[str, Any]) -> None:
+        """To be called once the training callbacks are there."""
+        self.training_cost = Cost(**state["training_cost"])
+        self.model.proposal_sampler._steps_since_update = state["steps_since_update"]  # type: ignore[union-attr]
+        if self._distillation is not None:
+            self._distillation.load_state_dict(state["distillation"])
+
+    def _report(self, trainer_config: Any, steps: int) -> dict[str, Any]:
+        config = self.config
+        own = [f.name for f in dataclasses.fields(config) if f.name not in _OF_NERFSTUDIO]
+        return {
+            "prompt": config.prompt,
+            "history": [*edits_before(trainer_config.load_checkpoint), config.prompt],
+            "scene": trainer_config.load_checkpoint,
+            "steps": steps,
+            "seed": trainer_config.machine.seed,
+            "settings": {name: value for name, value in dataclasses.asdict(config).items() if name in own},
+            "costs": {
+                "rounds": [cost.rounded() for cost in (self._update.costs if self._update else [])],
+                "training": self.training_cost.rounded(),
+            },
+        }
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         if self._distillation is None:

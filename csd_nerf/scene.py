@@ -1,6 +1,7 @@
 """The training views of a scene as images: rendered, original, and as what they supervise."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,19 +11,30 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.models.nerfacto import NerfactoModel
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from csd_2d.files import replacing
+from csd_2d.images import read_image, write_image
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No jitter, the mean appearance, no tuned poses; afterwards the mode it was in."""
-    was_training = model.training
+def _eval_mode(model: NerfactoModel) -> Iterator[None]:
+    """No jitter, the mean appearance, no tuned poses; afterwards the mode it was in.
+
+    Training trains the proposal networks in some steps only; rendering in between neither counts as such a step nor is
+    one, or the second rendering of a chunk would differ from the first.
+    """
+    was_training, sampler = model.training, model.proposal_sampler
+    steps = sampler._steps_since_update
     model.eval()
+    sampler._steps_since_update = 0
     try:
         yield
     finally:
         model.train(was_training)
+        sampler._steps_since_update = steps
 
 
 class TrainingViews:
@@ -42,7 +54,8 @@ class TrainingViews:
             )
         self._model: NerfactoModel = pipeline.model  # type: ignore[assignment]
         self._dataset = datamanager.train_dataset
-        self._cameras = datamanager.train_ray_generator.cameras
+        self.cameras = datamanager.train_ray_generator.cameras
+        """Of the views."""
         # One tensor, or a list where sizes differ; `row[i]` is the place of view i in it.
         self._supervision: Tensor | list[Tensor] = loader.cached_collated_batch["image"]
         self._row = {int(view): row for row, view in enumerate(loader.cached_collated_batch["image_idx"])}
@@ -54,9 +67,20 @@ class TrainingViews:
         """Image file of a view."""
         return self._dataset.image_filenames[index]
 
+    def name(self, index: int) -> str:
+        """Of the files that are written about a view: two folders of a data set may hold files of one name."""
+        return f"{index:04d}_{self.filename(index).stem}"
+
+    def digest(self) -> str:
+        """Tells data sets apart by their training images' files."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(hashlib.sha256(self.filename(index).read_bytes()).digest())
+        return digest.hexdigest()
+
     def positions(self) -> Float[Tensor, "n 3"]:
         """Where the cameras stand, in the scene's units."""
-        return self._cameras.camera_to_worlds[..., 3].cpu()
+        return self.cameras.camera_to_worlds[..., 3].cpu()
 
     def original(self, index: int) -> Float[Tensor, "3 H W"]:
         """The image as it was before any edit; transparency is put on the background the model renders."""
@@ -65,7 +89,7 @@ class TrainingViews:
 
     def _rays(self, index: int) -> RayBundle:
         """Of all pixels, from the pose the view was trained at, (H, W)."""
-        rays = self._cameras.generate_rays(camera_indices=index, keep_shape=True)
+        rays = self.cameras.generate_rays(camera_indices=index, keep_shape=True)
         # The model applies a tuned pose in train mode only.
         correction = self._model.camera_optimizer(torch.tensor([index]))[0].detach().to(rays.origins)
         rays.origins = rays.origins + correction[:, 3]
@@ -116,3 +140,23 @@ class TrainingViews:
             background = self.original(index).permute(1, 2, 0) - alpha * unedited[..., :3]
             rgb = torch.where(alpha > 0, (rgb - background) / alpha.clamp(min=1 / 255), rgb).clamp(0, 1)
         self._supervision[self._row[index]][..., :3] = rgb
+
+
+def pictures_of_the_start(
+    folder: Path, views: TrainingViews, make: Callable[[int], Float[Tensor, "3 H W"]], progress: str
+) -> Callable[[int], Float[Tensor, "3 H W"]]:
+    """A picture of each view that is made once, before the scene is edited, and read from the run's folder ever after.
+
+    Args:
+        folder: holds all of them, or is not there yet.
+        make: makes a view's picture; asked only if the folder is not there.
+        progress: label of a progress bar.
+
+    Returns:
+        What gives a view's picture, of 8 bits.
+    """
+    if not folder.is_dir():
+        with replacing(folder) as unfinished:
+            for index in tqdm(range(len(views)), desc=progress, unit="view"):
+                write_image(make(index), unfinished / f"{views.name(index)}.png")
+    return lambda index: read_image(folder / f"{views.name(index)}.png")

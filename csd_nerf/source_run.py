@@ -29,14 +29,24 @@ class SourceRun:
     """What it was trained on."""
     checkpoints: Path
     """Folder with its checkpoints."""
+    edited: bool
+    """It is an edit itself: its scene is not what its data show."""
 
 
-class _Object(dict):
-    """Fields of a Python object in a config, and the object's class."""
+class PlainObject(dict):
+    """Fields of a Python object in a config, and the name of the object's class."""
 
     def __init__(self, name: str, values: dict[Any, Any]) -> None:
         super().__init__(values)
         self.name = name
+
+    def is_of(self, kind: type) -> bool:
+        """The object is of that class."""
+        return self.name == f"{kind.__module__}.{kind.__qualname__}"
+
+
+class PlainName(str):
+    """Name of a class or a function in a config."""
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -49,16 +59,28 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_python(self, suffix: str, node: yaml.Node) -> Any:
         kind, _, name = suffix.partition(":")
         if isinstance(node, yaml.MappingNode):
-            return _Object(name, self.construct_mapping(node, deep=True))
+            return PlainObject(name, self.construct_mapping(node, deep=True))
         if isinstance(node, yaml.SequenceNode):
             values = self.construct_sequence(node, deep=True)
             if name.endswith("Path"):
                 return Path(*values)
             return tuple(values) if kind == "tuple" else values
-        return name
+        return PlainName(name)
 
 
 _PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _PlainLoader.construct_python)
+
+
+def read_plain_config(path: Path) -> Any:
+    """A run's config.yml with its objects as `PlainObject`; nothing in it is executed.
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf8"), Loader=_PlainLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the config of a nerfstudio run.") from error
 
 
 def read_run(path: Path) -> SourceRun:
@@ -71,30 +93,31 @@ def read_run(path: Path) -> SourceRun:
     config_path = path / "config.yml" if path.is_dir() else path
     if not config_path.is_file():
         raise FileNotFoundError(f"no run at --load-run {path}; expected the config.yml that ns-train nerfacto wrote.")
+    config = read_plain_config(config_path)
     try:
-        config = yaml.load(config_path.read_text(encoding="utf8"), Loader=_PlainLoader)
         pipeline = config["pipeline"]
         model, datamanager = pipeline["model"], pipeline["datamanager"]
         dataparser, checkpoints = datamanager["dataparser"], config_path.parent / config["relative_model_dir"]
         data = Path(datamanager.get("data") or dataparser["data"])
-        if not (isinstance(model, _Object) and isinstance(dataparser, _Object)):
+        if not (isinstance(model, PlainObject) and isinstance(dataparser, PlainObject)):
             raise TypeError("model and data parser must be objects")
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"--load-run {config_path} is not the config of a nerfstudio run.") from error
     if "proposal_net_args_list" not in model or "num_nerf_samples_per_ray" not in model:
         raise ValueError(
             f"--load-run {config_path} is a run of '{config.get('method_name')}'; expected nerfacto or csd-scene-tiny."
         )
-    return SourceRun(dict(model), _dataparser(dataparser, config_path), data, checkpoints)
+    edited = str(config.get("method_name")).startswith("csd-edit")
+    return SourceRun(dict(model), dataparser_of(dataparser), data, checkpoints, edited)
 
 
-def _dataparser(values: _Object, config_path: Path) -> DataParserConfig:
-    known = {f"{type(c).__module__}.{type(c).__qualname__}": type(c) for c in all_dataparsers.values()}
-    if values.name not in known:
-        raise ValueError(f"the data of --load-run {config_path} are read by {values.name}, which is not installed.")
-    cls = known[values.name]
-    names = {f.name for f in dataclasses.fields(cls)} - {"_target"}
-    return cls(**{name: value for name, value in values.items() if name in names})
+def dataparser_of(values: PlainObject) -> DataParserConfig:
+    """The config of a data parser that nerfstudio knows. ValueError if it knows none of that class."""
+    kinds = [type(config) for config in all_dataparsers.values() if values.is_of(type(config))]
+    if not kinds:
+        raise ValueError(f"the run's config holds a {values.name}, which is not installed.")
+    names = {f.name for f in dataclasses.fields(kinds[0])} - {"_target"}
+    return kinds[0](**{name: value for name, value in values.items() if name in names})
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path:

@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import tyro
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
@@ -16,10 +20,12 @@ from nerfstudio.models.nerfacto import NerfactoModelConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from csd_2d.edit import load_preset
-from csd_2d.errors import one_sentence
+from csd_2d.edit import load_preset, preset_of_scene
+from csd_2d.errors import NonFiniteError, one_sentence
+from csd_2d.files import UNFINISHED
 from csd_2d.priors import check_prior
-from csd_nerf.pipeline import CsdEditPipelineConfig
+from csd_nerf.pipeline import CsdEditPipeline, CsdEditPipelineConfig
+from csd_nerf.resume import REST, latest_whole_checkpoint, random_state, set_random_state, take_up
 from csd_nerf.source_run import check_data, check_images, find_checkpoint, implementation, read_checkpoint, read_run
 
 
@@ -92,7 +98,8 @@ class SceneTrainer(Trainer):
         try:
             yield
         except SystemExit:
-            if not any(self.checkpoint_dir.glob("*.ckpt")):
+            # Finished rounds are worth keeping: the run can be resumed.
+            if not any(self.checkpoint_dir.glob("*.ckpt")) and not any(self.base_dir.glob("rounds/*")):
                 _close_event_writers()
                 for pattern in ("config.yml", "dataparser_transforms.json", "events.out.tfevents.*"):
                     for path in self.base_dir.glob(pattern):
@@ -114,6 +121,10 @@ class EditTrainerConfig(SceneTrainerConfig):
     executed."""
     pipeline: CsdEditPipelineConfig = field(default_factory=CsdEditPipelineConfig)  # type: ignore[assignment]
     """The edit."""
+    resume: Path | None = None
+    """Config of an edit that was interrupted, RUN/config.yml: goes on with it, in its folder, as if it had never
+    stopped. Its settings are taken over, whatever other options say, but for those that change no result: vis, viewer,
+    logging, and the pipeline's micro-batch, offload and local-files-only."""
 
     def prepare(self) -> None:
         """Settles on the prompt, the scene and its checkpoint; afterwards `load_checkpoint` names the file.
@@ -121,10 +132,21 @@ class EditTrainerConfig(SceneTrainerConfig):
         Raises:
             ValueError, OSError: if something is missing or cannot be used.
         """
+        if self.resume is not None:
+            data = self.pipeline.datamanager.data
+            take_up(self, self.resume, _OF_THIS_MACHINE)
+            self.pipeline.datamanager.data = data or self.pipeline.datamanager.data
+            super().prepare()
+            return
+        if "{" not in self.timestamp and (self.get_base_dir() / "config.yml").is_file():
+            raise ValueError(
+                f"there is a run in {self.get_base_dir()}; to go on with it set --resume to its config.yml, to begin "
+                "anew leave --timestamp out."
+            )
         self._settle_prompt()
         check_prior(self.pipeline.prior, self.pipeline.prompt)
         if self.pipeline.preset != "default":
-            self.pipeline.edit = dataclasses.replace(load_preset(self.pipeline.preset), seed=self.pipeline.edit.seed)
+            self._apply_preset(self.pipeline.preset)
         if self.machine.num_devices * self.machine.num_machines > 1:
             raise ValueError(
                 f"editing runs on one device; set --machine.num-devices 1, not {self.machine.num_devices}."
@@ -139,7 +161,7 @@ class EditTrainerConfig(SceneTrainerConfig):
         if self.load_run is not None:
             self.load_dir = self._take_over(self.load_run)
         if self.load_dir is not None:
-            self.load_checkpoint = find_checkpoint(self.load_dir, self.load_step)
+            self.load_checkpoint = find_checkpoint(self.load_dir, self.load_step).absolute()
         # Kept in our config.yml they would send ns-eval and ns-render after the source's step.
         self.load_dir = self.load_step = None
         super().prepare()
@@ -154,6 +176,20 @@ class EditTrainerConfig(SceneTrainerConfig):
             model.camera_optimizer = CameraOptimizerConfig(mode="off")
         elif model.camera_optimizer.mode == "off":
             model.camera_optimizer = CameraOptimizerConfig(mode="SO3xR3")
+
+    def save_config(self) -> None:
+        """Writes config.yml into the run's folder, where a resumed run has it already."""
+        if self.resume is None:
+            super().save_config()
+
+    def _apply_preset(self, name: str) -> None:
+        self.pipeline.edit = dataclasses.replace(load_preset(name), seed=self.pipeline.edit.seed)
+        scene = preset_of_scene(name)
+        self.max_num_iterations = scene.pop("max_num_iterations", self.max_num_iterations)
+        try:
+            self.pipeline = dataclasses.replace(self.pipeline, **scene)  # type: ignore[assignment]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"preset {name} cannot be used: {error}") from error
 
     def _settle_prompt(self) -> None:
         """`--prompt` is nerfstudio's alias of `--pipeline.model.prompt`; all three spellings mean the edit's prompt."""
@@ -179,6 +215,8 @@ class EditTrainerConfig(SceneTrainerConfig):
             raise FileNotFoundError(f"the data of --load-run {run} are not at {data} any more; set --data.")
         datamanager.data = data
         datamanager.dataparser = source.dataparser  # type: ignore[attr-defined]
+        if self.pipeline.source is None:
+            self.pipeline.source = "current" if source.edited else "original"
         return source.checkpoints
 
 
@@ -188,12 +226,93 @@ _KEPT = frozenset(
 """Fields of the model that are ours, not the pretrained run's."""
 
 
+_OF_THIS_MACHINE = frozenset(
+    {"resume", "vis", "viewer", "logging"}
+    | {f"pipeline.{name}" for name in ("micro_batch", "offload", "local_files_only")}
+)
+"""Settings that change no result, and need not be those a run was begun with."""
+
+
 class EditTrainer(SceneTrainer):
-    """Starts from a checkpoint's scene and nothing else of it: step 0, fresh optimisers and schedules."""
+    """Starts from a checkpoint's scene and nothing else of it: step 0, fresh optimisers and schedules.
+
+    Or goes on from its own last checkpoint, exactly: beside each lies what nerfstudio's leave out. Two are kept.
+    """
 
     config: EditTrainerConfig  # type: ignore[assignment]
+    pipeline: CsdEditPipeline  # type: ignore[assignment]
 
     def _load_checkpoint(self) -> None:
         assert self.config.load_checkpoint is not None
-        self.pipeline.load_pipeline(read_checkpoint(self.config.load_checkpoint), step=0)
-        CONSOLE.print(f"Editing the scene of {self.config.load_checkpoint}")
+        self._rest: dict[str, Any] | None = None
+        found = None
+        if self.config.resume is not None:
+            for leftover in self.base_dir.rglob(f"{UNFINISHED}*"):
+                shutil.rmtree(leftover)
+            found = latest_whole_checkpoint(self.checkpoint_dir)
+        if found is None:
+            self.pipeline.load_pipeline(read_checkpoint(self.config.load_checkpoint), step=0)
+            CONSOLE.print(f"Editing the scene of {self.config.load_checkpoint}")
+            return
+        state, self._rest = found
+        self.pipeline.load_pipeline(state["pipeline"], step=state["step"])
+        self.optimizers.load_optimizers(state["optimizers"])
+        self.optimizers.load_schedulers(state["schedulers"])
+        self.grad_scaler.load_state_dict(state["scalers"])
+        self.step = state["step"]
+        self._start_step = self.step + 1
+        CONSOLE.print(f"Going on after step {self._start_step} of {self.config.max_num_iterations}")
+
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        super().setup(test_mode)
+        if self._rest is not None:
+            with one_sentence(self.config.method_name):
+                self.pipeline.load_edit_state(self._rest["edit"])
+            set_random_state(self._rest["random"])
+
+    def train(self) -> None:
+        total = self.config.max_num_iterations
+        self.config.max_num_iterations = total - self._start_step  # nerfstudio counts from the step it starts at
+        try:
+            super().train()
+        except KeyboardInterrupt:
+            CONSOLE.print(
+                f"Interrupted. To go on: ns-train {self.config.method_name} --resume {self.base_dir / 'config.yml'}"
+            )
+            raise
+        finally:
+            self.config.max_num_iterations = total
+
+    def train_iteration(self, step: int) -> Any:
+        with self.pipeline.training_cost.counted(), self.pipeline.advising_on_memory():
+            result = super().train_iteration(step)
+        if not bool(result[0].isfinite()):
+            raise NonFiniteError(f"the loss is not finite at step {step}; {self._way_back()}")
+        return result
+
+    def save_checkpoint(self, step: int) -> None:
+        """Writes both halves of a checkpoint, whole or not at all; never one that is not finite."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.pipeline.parameters()):
+            raise NonFiniteError(f"the scene is not finite after step {step}; {self._way_back()}")
+        folder = self.checkpoint_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as unfinished:
+            self.checkpoint_dir = Path(unfinished)
+            try:
+                super().save_checkpoint(step)
+            finally:
+                self.checkpoint_dir = folder
+            (checkpoint,) = Path(unfinished).glob("*.ckpt")
+            rest = {"step": step, "random": random_state(), "edit": self.pipeline.edit_state()}
+            torch.save(rest, checkpoint.with_suffix(REST))
+            for half in (checkpoint.with_suffix(REST), checkpoint):
+                os.replace(half, folder / half.name)
+        if self.config.save_only_latest_checkpoint:
+            for old in sorted(folder.glob("*.ckpt"))[:-2]:  # the one before stays, for a disk that fails
+                old.unlink()
+                old.with_suffix(REST).unlink(missing_ok=True)
+
+    def _way_back(self) -> str:
+        saved = sorted(self.checkpoint_dir.glob("*.ckpt"))
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
+        return f"{kept}. Lower learning rates (--optimizers.fields.optimizer.lr) or guidance scales are steadier."

@@ -42,7 +42,7 @@ def test_chunks_show_what_one_graph_shows(pipeline):
 def test_the_gradient_is_that_of_one_graph(pipeline, prior):
     """The same loss, built once chunk by chunk and once as a single graph without checkpoints."""
     views = TrainingViews(pipeline)
-    particles = SceneParticles(views, prior, parameters(pipeline))
+    particles = SceneParticles(views, views.original, prior, parameters(pipeline))
     indices = [0, 3, 5]
     direction = torch.randn(particles.source(indices).shape, generator=torch.Generator().manual_seed(0))
     pipeline.train()
@@ -80,7 +80,7 @@ def test_a_scene_is_edited(scene_run, tmp_path):
     """Straight into the scene: its renders come closer to the answer, and its training images stay what they were."""
     options = {"load_run": scene_run, "pipeline__mode": "distill", "pipeline__edit": EditConfig(batch=4)}
     run = edit_in_process(tmp_path, 60, **options)
-    assert not (run / "edited").exists()
+    assert not (run / "rounds").exists()
     errors = []
     for config in (scene_run / "config.yml", run / "config.yml"):
         views = TrainingViews(eval_setup(config)[1])

@@ -19,7 +19,7 @@ def views(scene_run):
 
 def test_surfaces_lie_on_the_rays_at_the_rendered_depth(views):
     points = views.surface(2)
-    camera = views._cameras[2:3]
+    camera = views.cameras[2:3]
     rays = camera.generate_rays(camera_indices=0, keep_shape=True)
     towards = points.permute(1, 2, 0) - rays.origins
     depth = views._model.get_outputs_for_camera(camera)["depth"]

@@ -85,7 +85,7 @@ def test_other_methods_and_dataparsers_are_named(tmp_path):
     splats = CONFIG.replace("proposal_net_args_list", "sh_degree").replace(": nerfacto", ": splatfacto")
     with pytest.raises(ValueError, match="is a run of 'splatfacto'; expected nerfacto"):
         read_run(write(tmp_path, splats))
-    with pytest.raises(ValueError, match=r"read by elsewhere\.ParserConfig, which is not installed"):
+    with pytest.raises(ValueError, match=r"holds a elsewhere\.ParserConfig, which is not installed"):
         read_run(write(tmp_path, CONFIG.replace("nerfstudio.data.dataparsers.nerfstudio_dataparser.Nerfstudio"
                                                 "DataParserConfig", "elsewhere.ParserConfig")))  # fmt: skip
 

@@ -28,13 +28,14 @@ def edit_in_process(output: Path, iterations: int = 6, **options) -> Path:
         "pipeline__edit": QUICK,
         "pipeline__steps_per_round": 3,
         "pipeline__views_per_round": 4,
+        "pipeline__film_frames": 2,
         **options,
     }
     return train_in_process("csd-edit-tiny", output, iterations, **options)
 
 
 def checkpoint(run: Path) -> dict:
-    (path,) = (run / "nerfstudio_models").glob("*.ckpt")
+    path = sorted((run / "nerfstudio_models").glob("*.ckpt"))[-1]
     return torch.load(path, weights_only=True)
 
 

@@ -1,0 +1,126 @@
+"""Exact resume: a checkpoint's other half, and the config of an interrupted run."""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from csd_nerf.source_run import PlainName, PlainObject, dataparser_of, read_plain_config
+
+REST = ".rest"
+"""Suffix of what lies beside a step's .ckpt and holds what nerfstudio leaves out."""
+
+
+def random_state() -> dict[str, Any]:
+    """Of all generators that nerfstudio draws from, as `torch.load(weights_only=True)` takes it."""
+    _, keys, *numbers = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), *numbers),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Goes back to what `random_state` returned."""
+    random.setstate(state["python"])
+    keys, *numbers = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *numbers))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What the block draws is not missed afterwards."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def latest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The last step's checkpoint that can be read, and the rest of it; None if there is none.
+
+    One that is cut short is passed over with a warning.
+    """
+    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+        try:
+            checkpoint, rest = (
+                torch.load(half, map_location="cpu", weights_only=True) for half in (path, path.with_suffix(REST))
+            )
+            if checkpoint["step"] != rest["step"]:
+                raise ValueError("two halves of different steps")
+        except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, ValueError):
+            CONSOLE.print(f"[yellow]{path.name} is not whole; going on from what was saved before it.")
+            continue
+        return checkpoint, rest
+    return None
+
+
+def take_up(config: Any, path: Path, kept: frozenset[str]) -> None:
+    """Puts the settings of an interrupted run into the config of its method.
+
+    The file is read, not executed: only values whose place in the config is known are taken.
+
+    Args:
+        config: of the run's method; changed in place.
+        path: RUN/config.yml, or the folder RUN.
+        kept: fields, with dots for nested ones, that stay as they are.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is of another method, or cannot be read as its config.
+    """
+    path = path / "config.yml" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no run at --resume {path}; expected the config.yml of an edit that was interrupted.")
+    saved = read_plain_config(path)
+    if not isinstance(saved, PlainObject) or saved.get("method_name") != config.method_name:
+        name = saved.get("method_name") if isinstance(saved, dict) else None
+        raise ValueError(f"--resume {path} is a run of '{name}', not of {config.method_name}.")
+    try:
+        restored = _restored(config, saved, kept)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"--resume {path} cannot be read as the config of a run: {error}.") from error
+    for field in dataclasses.fields(config):
+        setattr(config, field.name, getattr(restored, field.name))
+    run = path.absolute().parent
+    # The run may have been moved, or begun from another folder.
+    config.timestamp, config.experiment_name, config.output_dir = run.name, run.parents[1].name, run.parents[2]
+    if config.get_base_dir() != run:
+        raise ValueError(f"--resume {path} must lie in EXPERIMENT/{config.method_name}/TIMESTAMP, as ns-train left it.")
+
+
+def _restored(default: Any, saved: Any, kept: frozenset[str] = frozenset()) -> Any:
+    """`default` with the values of `saved`, however deep."""
+    if isinstance(saved, PlainName):  # a class or a function, which the default knows
+        return default
+    if isinstance(saved, PlainObject):
+        if not saved.is_of(type(default)):
+            default = dataparser_of(saved)
+        below = {name.partition(".")[::2] for name in kept}
+        values = {
+            f.name: _restored(
+                getattr(default, f.name),
+                saved[f.name],
+                frozenset(rest for name, rest in below if name == f.name and rest),
+            )
+            for f in dataclasses.fields(default)
+            if f.name in saved and f.name not in kept
+        }
+        return dataclasses.replace(default, **values)
+    if isinstance(saved, dict):
+        defaults = default if isinstance(default, dict) else {}
+        return {key: _restored(defaults.get(key), value) for key, value in saved.items()}
+    return saved

@@ -1,0 +1,171 @@
+"""What an edit leaves beside nerfstudio's files, what it says when it cannot go on, and edits of edited scenes."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.utils.eval_utils import eval_setup
+
+from csd_2d import EditConfig
+from csd_2d.images import read_image
+from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.video import read_clip
+from csd_nerf import dataset_update
+from csd_nerf.artefacts import SHOWN, change
+from csd_nerf.config import csd_edit
+from csd_nerf.pipeline import CsdEditPipelineConfig, memory_advice
+from csd_nerf.scene import TrainingViews
+from tests.csd_nerf.test_training import QUICK, checkpoint, edit_in_process, failing
+
+
+@pytest.fixture(scope="module")
+def edit_run(scene_run, tmp_path_factory):
+    return edit_in_process(tmp_path_factory.mktemp("edit"), load_run=scene_run, pipeline__film_frames=7)
+
+
+def views_of(run):
+    return TrainingViews(eval_setup(run / "config.yml")[1])
+
+
+def test_pairs_show_the_source_and_the_edited_scene(edit_run, num_views):
+    views = views_of(edit_run)
+    paths = sorted((edit_run / "before_after").iterdir())
+    assert len(paths) == min(SHOWN, num_views)
+    for path in paths:
+        before, after = read_image(path).chunk(2, dim=-1)
+        index = int(path.stem[:4])
+        torch.testing.assert_close(before, views.original(index), atol=0.51 / 255, rtol=0)
+        torch.testing.assert_close(after, views.render(index), atol=0.51 / 255, rtol=0)
+
+
+def test_the_film_shows_both_scenes(edit_run, scene_run):
+    frames = list(read_clip(edit_run / "turntable.mp4").frames)
+    assert len(frames) == 7 and frames[0].shape == (3, 24, 64)
+    before, after = torch.stack(frames).chunk(2, dim=-1)
+    dark = [torch.stack([views_of(run).render(i) for i in range(6)]).mean() for run in (scene_run, edit_run)]
+    assert dark[1] < 0.9 * dark[0]
+    assert after.mean() < 0.9 * before.mean()
+
+
+def test_the_report_says_what_was_done_and_what_it_took(edit_run, scene_run):
+    report = json.loads((edit_run / "edit.json").read_text())
+    assert report["prompt"] == "make it night" and report["history"] == ["make it night"]
+    assert report["settings"]["edit"]["steps"] == QUICK.steps and report["settings"]["prior"] == "analytic"
+    assert report["steps"] == 6 and report["seed"] == 42
+    assert len(report["costs"]["rounds"]) == 2
+    costs = [*report["costs"]["rounds"], report["costs"]["training"], report["costs"]["artefacts"]]
+    assert all(cost["seconds"] > 0 and cost["peak_memory_mb"] > 50 for cost in costs)
+    before, after = ([views_of(run).render(i) for i in range(len(views_of(run)))] for run in (scene_run, edit_run))
+    if len(before) <= SHOWN:
+        assert report["change"] == pytest.approx(change(before, after, None), abs=1e-3)
+
+
+def test_writing_them_leaves_the_edited_scene(edit_run):
+    views = views_of(edit_run)
+    pair = sorted((edit_run / "before_after").iterdir())[0]
+    shown = read_image(pair).chunk(2, dim=-1)[1]
+    assert (shown - views.render(int(pair.stem[:4]))).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize("source", [None, "original"])
+def test_edits_add_up(edit_run, scene_run, tmp_path, source):
+    """A second edit is, by default, of what the first one left; and no view pulls the scene back to the original."""
+    again = edit_in_process(tmp_path, 1, load_run=edit_run, pipeline__prompt="make it sepia", pipeline__source=source)
+    settings = yaml.load((again / "config.yml").read_text(), Loader=yaml.Loader).pipeline
+    assert settings.source == (source or "current")
+    assert json.loads((again / "edit.json").read_text())["history"] == ["make it night", "make it sepia"]
+    first = views_of(edit_run)
+    for path in (again / "edited").iterdir():
+        index = int(path.stem[:4])
+        shown = first.original(index) if source else first.render(index)
+        (sepia,) = AnalyticPrior().answers("make it sepia", shown[None])
+        assert (read_image(path) - sepia[0]).abs().mean() < 0.02
+    kept = sorted((again / "source").iterdir()) if not source else []
+    assert bool(kept) == (not source)
+    for index, path in enumerate(kept):
+        torch.testing.assert_close(read_image(path), first.render(index), atol=0.51 / 255, rtol=0)
+
+
+def test_a_run_of_the_data_is_conditioned_on_the_originals(edit_run):
+    assert yaml.load((edit_run / "config.yml").read_text(), Loader=yaml.Loader).pipeline.source == "original"
+
+
+def test_distill_shows_the_edited_views(scene_run, tmp_path, num_views):
+    run = edit_in_process(tmp_path, 2, load_run=scene_run, pipeline__mode="distill")
+    paths = sorted((run / "edited").iterdir())
+    assert len(paths) == num_views
+    torch.testing.assert_close(read_image(paths[3]), views_of(run).render(3), atol=0.51 / 255, rtol=0)
+
+
+def test_change_outside_a_solid_is_measured_and_its_masks_are_kept(scene_run, tmp_path, num_views):
+    views = views_of(scene_run)
+    centre = views.surface(0)[:, 12, 16].tolist()
+    run = edit_in_process(
+        tmp_path, 20, load_run=scene_run, pipeline__sphere=(*centre, 0.5), pipeline__feather=1.0,
+        pipeline__steps_per_round=20, pipeline__views_per_round=0,
+    )  # fmt: skip
+    measured = json.loads((run / "edit.json").read_text())["change"]
+    masks = [read_image(path)[:1] for path in sorted((run / "masks").iterdir())]
+    assert len(masks) == num_views
+    if num_views <= SHOWN:
+        after = views_of(run)
+        pictures = ([v.render(i) for i in range(num_views)] for v in (views, after))
+        assert measured == pytest.approx(change(*pictures, masks), rel=0.02, abs=1e-3)
+    assert measured["inside"] > measured["outside"]
+
+
+def test_a_scene_that_is_not_finite_stops_the_run_and_is_not_saved(scene_run, tmp_path):
+    wild = {
+        group: {"optimizer": AdamOptimizerConfig(lr=lr), "scheduler": None}
+        for group, lr in (("fields", 1e30), ("proposal_networks", 1e-3))
+    }
+    with pytest.raises(SystemExit) as end:
+        edit_in_process(tmp_path, 6, load_run=scene_run, optimizers=wild, steps_per_save=1, timestamp="wild")
+    assert "is not finite" in str(end.value.code) and "learning rates" in str(end.value.code)
+    for path in tmp_path.glob("*/*/wild/nerfstudio_models/*.ckpt"):
+        state = torch.load(path, weights_only=True)["pipeline"]
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_running_out_of_memory_says_what_takes_less(scene_run, tmp_path, monkeypatch):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dataset_update, "edit_images", no_memory)  # there is no GPU to fill
+    message = failing(tmp_path, load_run=scene_run)
+    assert "out of GPU memory; --pipeline.micro-batch 4 takes 50% off" in message and "--pipeline.offload" in message
+    thrifty = CsdEditPipelineConfig(datamanager=csd_edit.config.pipeline.datamanager, micro_batch=1, offload=True)
+    assert memory_advice(thrifty).startswith("--pipeline.datamanager.train-num-rays-per-batch 2048 halves")
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("fast", {"views_per_round": 0, "steps_per_round": 3000, "edit": EditConfig(steps=60)}),
+        ("low-memory", {"micro_batch": 1, "offload": True, "edit": EditConfig()}),
+    ],
+)
+def test_presets_of_scenes(preset, expected, scene_run):
+    config = csd_edit.config
+    config = type(config)(**{**vars(config), "load_run": scene_run, "prompt": "make it night"})
+    config.pipeline = CsdEditPipelineConfig(**{**vars(config.pipeline), "preset": preset, "prior": "analytic"})
+    config.prepare()
+    assert {name: getattr(config.pipeline, name) for name in expected} == expected
+    assert config.max_num_iterations == (3000 if preset == "fast" else 30000)
+
+
+def test_presets_of_scenes_that_cannot_be(scene_run, tmp_path):
+    for settings, message in {
+        "{scene: {nothing: 1}}": "cannot be used",
+        "{scene: {views_per_round: -1}}": "views_per_round must be at least 0",
+        "{scene: 7}": "scene must hold settings, got 7",
+    }.items():
+        path = tmp_path / "own.yaml"
+        path.write_text(settings)
+        assert message in failing(tmp_path, load_run=scene_run, pipeline__preset=str(path))
+
+
+def test_the_last_checkpoint_is_the_edited_scene(edit_run):
+    assert checkpoint(edit_run)["step"] == 5

@@ -1,0 +1,172 @@
+"""Runs that are killed and go on: bit for bit what they would have been."""
+
+import multiprocessing
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from csd_2d import EditConfig
+from csd_nerf.resume import latest_whole_checkpoint, random_state, set_random_state
+from tests.csd_nerf.conftest import train_in_process
+from tests.csd_nerf.killed import run_and_die
+
+KILL_POINTS = 12
+
+
+def options(scene_run: Path, mode: str) -> dict:
+    return {
+        "load_run": scene_run,
+        "steps_per_save": 2,
+        "pipeline__mode": mode,
+        "pipeline__prompt": "make it night",
+        "pipeline__prior": "analytic",
+        "pipeline__edit": EditConfig(steps=4, batch=2),
+        "pipeline__steps_per_round": 3,
+        "pipeline__views_per_round": 3,
+        "pipeline__film_frames": 0,
+    }
+
+
+def in_child(die_at: int | None, output: Path, settings: dict) -> int:
+    """How many events there were; 0 if the run was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.csd_nerf.killed", "nerfstudio.scripts.train"])
+    events = output / "events"
+    output.mkdir(parents=True)
+    child = context.Process(target=run_and_die, args=(die_at, output, events, settings))
+    child.start()
+    child.join(300)
+    assert child.exitcode == (0 if die_at is None else -9)
+    return int(events.read_text()) if die_at is None else 0
+
+
+def run_folder(output: Path) -> Path:
+    (folder,) = output.glob("*/csd-edit-tiny/killed")
+    return folder
+
+
+def resume(run: Path, **settings) -> Path:
+    return train_in_process("csd-edit-tiny", run / "nowhere", 1, resume=run / "config.yml", **settings)
+
+
+def result(run: Path) -> tuple[dict, dict]:
+    """The last checkpoint, and the pictures that were learned from."""
+    state = torch.load(run / "nerfstudio_models" / "step-000000007.ckpt", weights_only=True)
+    return state, {path.relative_to(run): path.read_bytes() for path in sorted(run.glob("*/**/*.png"))}
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize(("mode", "points"), [("dataset-update", KILL_POINTS), ("distill", 3)])
+def test_a_killed_run_ends_as_if_it_had_not_been(mode, points, scene_run, tmp_path):
+    settings = options(scene_run, mode)
+    events = in_child(None, tmp_path / "whole", settings)
+    state, pictures = result(run_folder(tmp_path / "whole"))
+    assert events > 2 * points and pictures
+    for point in range(points):
+        output = tmp_path / str(point)
+        in_child(1 + point * (events - 1) // points, output, settings)
+        run = resume(run_folder(output))
+        assert run == run_folder(output) and not (run / "nowhere").exists()
+        resumed, resumed_pictures = result(run)
+        assert same(state, resumed), point
+        assert pictures == resumed_pictures, point
+        assert not list(run.glob("**/.*")) and not list(run.glob("**/*.part"))
+
+
+@pytest.fixture
+def interrupted(scene_run, tmp_path) -> Path:
+    """A run of which six of eight steps are done."""
+    output = tmp_path / "out"
+    train_in_process("csd-edit-tiny", output, 6, timestamp="killed", **options(scene_run, "dataset-update"))
+    path = run_folder(output) / "config.yml"
+    path.write_text(path.read_text().replace("max_num_iterations: 6", "max_num_iterations: 8"))
+    return path.parent
+
+
+def test_what_is_cut_short_is_passed_over(interrupted, capsys):
+    folder = interrupted / "nerfstudio_models"
+    paths = sorted(folder.glob("*.ckpt"))
+    assert [path.stem for path in paths] == ["step-000000004", "step-000000005"]
+    paths[1].write_bytes(paths[1].read_bytes()[:-1000])
+    resume(interrupted)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step-000000005.ckpt is not whole; going on from what was saved before it." in said
+    assert "Going on after step 5 of 8" in said
+    assert latest_whole_checkpoint(folder)[0]["step"] == 7  # type: ignore[index]
+
+
+def test_a_checkpoint_without_its_other_half_is_not_whole(interrupted):
+    folder = interrupted / "nerfstudio_models"
+    (folder / "step-000000005.rest").unlink()
+    assert latest_whole_checkpoint(folder)[0]["step"] == 4  # type: ignore[index]
+
+
+def failing(run: Path, **settings) -> str:
+    with pytest.raises(SystemExit) as end:
+        resume(run, **settings)
+    return str(end.value.code)
+
+
+def test_data_that_changed_are_refused(interrupted, scene_data, tmp_path):
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "transforms.json").write_text((scene_data / "transforms.json").read_text())
+    for path in (scene_data / "images").iterdir():
+        (data / "images" / path.name).write_bytes(path.read_bytes() + b" ")
+    message = failing(interrupted, pipeline__datamanager__data=data)
+    assert "the data or the settings have changed since" in message
+
+
+def test_a_missing_round_is_named(interrupted):
+    (interrupted / "rounds" / "001").rename(interrupted / "rounds" / "gone")
+    assert "001 is missing, which the run has learned from already" in failing(interrupted)
+
+
+def test_what_cannot_be_resumed(interrupted, scene_run, tmp_path):
+    assert "no run at --resume" in failing(tmp_path / "nothing")
+    assert "is a run of 'csd-scene-tiny', not of csd-edit-tiny" in failing(scene_run)
+    with pytest.raises(SystemExit, match=r"there is a run in .*killed; to go on with it set --resume"):
+        train_in_process(
+            "csd-edit-tiny", tmp_path / "out", 1, timestamp="killed", **options(scene_run, "dataset-update")
+        )
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_lies(interrupted, tmp_path):
+    moved = tmp_path / "other" / "scene" / "csd-edit-tiny" / "killed"
+    moved.parent.mkdir(parents=True)
+    interrupted.rename(moved)
+    assert resume(moved, pipeline__micro_batch=2) == moved
+    assert (moved / "nerfstudio_models" / "step-000000007.ckpt").is_file()
+
+
+def test_nothing_in_the_config_is_executed(interrupted, tmp_path):
+    path = interrupted / "config.yml"
+    config = path.read_text()
+    trap = f"experiment_name: !!python/object/apply:os.mkdir ['{tmp_path / 'trap'}']"
+    path.write_text(re.sub("experiment_name: .*", trap, config))
+    assert trap in path.read_text()
+    resume(interrupted)
+    assert not (tmp_path / "trap").exists()
+    with pytest.raises(yaml.YAMLError):
+        yaml.safe_load(path.read_text())
+
+
+def test_random_states_are_restored(tmp_path):
+    torch.save(random_state(), tmp_path / "state")
+    draws = [torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()]
+    set_random_state(torch.load(tmp_path / "state", weights_only=True))
+    assert [torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()] == draws
