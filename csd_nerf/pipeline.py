@@ -55,6 +55,10 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """Keep each of the diffusion model's networks on the CPU while it is not in use."""
     local_files_only: bool = False
     """Take the diffusion model from the local cache; ask no hub."""
+    source_prompt: str | None = None
+    """What the views show before the edit; for text-to-image models, whose prompt then says what they shall show."""
+    compile: bool = False
+    """Have torch.compile make the diffusion model faster. The first steps then take minutes."""
     edit: EditConfig = field(default_factory=EditConfig)
     """The joint edit of one round's views."""
     preset: str = "default"
@@ -216,6 +220,8 @@ class CsdEditPipeline(VanillaPipeline):
                 micro_batch=config.micro_batch,
                 offload=config.offload,
                 local_files_only=config.local_files_only,
+                source_prompt=config.source_prompt,
+                compile=config.compile,
             )
 
     def _source(self, views: TrainingViews, run: Path) -> Callable[[int], Tensor]:

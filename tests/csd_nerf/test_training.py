@@ -211,6 +211,11 @@ def test_checkpoint_of_other_sizes(stock_run, scene_data, tmp_path):
     assert "does not fit the model" in message and "--load-run" in message
 
 
+def test_instructions_need_no_source_prompt(scene_run, tmp_path):
+    message = failing(tmp_path, load_run=scene_run, pipeline__source_prompt="an island")
+    assert "takes no source prompt" in message
+
+
 def test_non_finite_edits(scene_run, tmp_path):
     message = failing(tmp_path, load_run=scene_run, pipeline__edit=EditConfig(steps=500, lr=1e4, lr_decay=1))
     assert "latents are not finite after step" in message and "lower lr" in message
