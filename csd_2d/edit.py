@@ -47,7 +47,7 @@ class EditConfig:
     """Factor on the learning rate every `lr_decay_every` steps (authors' code: 0.9)."""
     lr_decay_every: int = 20
     """Steps between two decays of the learning rate (authors' code: 20)."""
-    together: float = 0.5
+    together: float = 0.8
     """Share of the steps that make the first phase. In it all particles move as one (of those that do not fit
     the memory, as many at a time as do), under noise that leaves the answer open; in the second each follows its own
     score, under noise too weak to change the answer. 0: no first phase, as published."""
