@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.models.base_model import Model
+from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from csd_2d.edit import EditConfig
@@ -18,9 +20,10 @@ from csd_2d.priors import Prior, load_prior
 from csd_nerf.dataset_update import DatasetUpdate
 from csd_nerf.distill import Distillation
 from csd_nerf.masks import Box, Sphere, masks_from_folder, masks_of_solid
-from csd_nerf.scene import TrainingViews
+from csd_nerf.scene import NerfactoViews, TrainingViews
 from csd_nerf.selection import Selection
 from csd_nerf.source_run import check_fits
+from csd_nerf.splat import SplatViews
 
 
 @dataclass
@@ -56,7 +59,7 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """How the views of a round are drawn: at random (paper), spread evenly over the cameras' positions, or near each
     other. Each gets its turn before any is drawn again."""
     steps_per_round: int = 2000
-    """NeRF steps from one round to the next (paper: 2000). Dataset update only."""
+    """Training steps from one round to the next (paper: 2000). Dataset update only."""
 
     masks: Path | None = None
     """Folder with a mask for each training view, named like it: white where the edit may go, black where the training
@@ -72,6 +75,8 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
         local = [name for name in ("masks", "box", "sphere") if getattr(self, name) is not None]
         if len(local) > 1 or (local and self.mode == "distill"):
             raise ValueError(f"{' and '.join(local)} cannot be used {'together' if len(local) > 1 else 'in distill'}.")
+        if self.mode == "distill" and getattr(self.model, "stop_split_at", 0):
+            raise ValueError("Gaussians cannot be split in distill; leave --pipeline.model.stop-split-at at 0.")
         if self.masks is not None and not self.masks.is_dir():
             raise ValueError(f"masks must be a folder, there is none at {self.masks}.")
         for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1)):
@@ -79,10 +84,26 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
 
 
-class CsdEditPipeline(VanillaPipeline):
-    """Nerfacto under edit.
+def training_views(pipeline: VanillaPipeline) -> TrainingViews:
+    """The training views of a nerfacto or splatfacto pipeline.
 
-    Poses and appearance embeddings stay as the checkpoint has them: an edit must not be explained by either. What needs
+    Raises:
+        ValueError: as `NerfactoViews`.
+    """
+    return SplatViews(pipeline) if isinstance(pipeline.model, SplatfactoModel) else NerfactoViews(pipeline)
+
+
+def _appearance(model: Model) -> nn.Module | None:
+    """What a model learns of each training image that is not the scene."""
+    if isinstance(model, SplatfactoModel):
+        return model.bil_grids if model.config.use_bilateral_grid else None
+    return model.field.embedding_appearance  # type: ignore[union-attr]
+
+
+class CsdEditPipeline(VanillaPipeline):
+    """A scene under edit: nerfacto or splatfacto.
+
+    Poses and appearance stay as the checkpoint has them: an edit must not be explained by either. What needs
     the diffusion model lives in the training callbacks, not in this module: checkpoints and the viewer take in every
     submodule, and rendering and evaluation build this class, too.
     """
@@ -93,13 +114,13 @@ class CsdEditPipeline(VanillaPipeline):
         super().__init__(config, *args, **kwargs)
         self._distillation: Distillation | None = None
         self.model.camera_optimizer.requires_grad_(False)
-        embedding = self.model.field.embedding_appearance  # type: ignore[union-attr]
-        if embedding is not None:
-            embedding.requires_grad_(False)
+        appearance = _appearance(self.model)
+        if appearance is not None:
+            appearance.requires_grad_(False)
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         groups = super().get_param_groups()
-        return {name: parameters for name, parameters in groups.items() if name != "camera_opt"}
+        return {name: parameters for name, parameters in groups.items() if name not in ("camera_opt", "bilateral_grid")}
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Loads a checkpoint's tensors.
@@ -127,7 +148,7 @@ class CsdEditPipeline(VanillaPipeline):
                 local_files_only=config.local_files_only,
             )
 
-        views = TrainingViews(self)
+        views = training_views(self)
         if config.mode == "distill":
             edit = dataclasses.replace(config.edit, steps=trainer.config.max_num_iterations)
             parameters = [p for group in self.get_param_groups().values() for p in group]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """No jitter, the mean appearance, no tuned poses; afterwards the mode it was in."""
     was_training = model.training
     model.eval()
@@ -25,8 +26,65 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-class TrainingViews:
-    """The training views of a nerfacto pipeline. All images are RGB in [0, 1] on the CPU, and may differ in size.
+class TrainingViews(Protocol):
+    """The training views of a pipeline. All images are RGB in [0, 1] on the CPU, and may differ in size."""
+
+    def __len__(self) -> int: ...
+
+    def filename(self, index: int) -> Path:
+        """Image file of a view."""
+        ...
+
+    def positions(self) -> Float[Tensor, "n 3"]:
+        """Where the cameras stand, in the scene's units."""
+        ...
+
+    def original(self, index: int) -> Float[Tensor, "3 H W"]:
+        """The image as it was before any edit; transparency is put on the background the model renders."""
+        ...
+
+    def render(self, index: int) -> Float[Tensor, "3 H W"]:
+        """What the model shows at present, from the pose the view was trained at, in eval mode."""
+        ...
+
+    def render_with_gradient(self, index: int) -> Float[Tensor, "3 H W"]:
+        """The same image on the model's device, differentiable with respect to the model.
+
+        It is rendered without a graph, and again, from the same random state, when the gradient comes back to it.
+        """
+        ...
+
+    def surface(self, index: int) -> Float[Tensor, "3 H W"]:
+        """Where, in the scene's coordinates, what each pixel shows lies."""
+        ...
+
+    def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
+        """Puts an image in place of the one the view is trained on.
+
+        Alpha stays, and the background that `original` put behind it is taken away again: training adds its own.
+        """
+        ...
+
+
+def without_background(
+    image: Float[Tensor, "3 H W"], original: Float[Tensor, "3 H W"], unedited: Float[Tensor, "H W c"]
+) -> Float[Tensor, "H W 3"]:
+    """The colours which, put on the background of `original`, show `image`.
+
+    Args:
+        original: `unedited` put on that background.
+        unedited: RGB or RGBA; alpha is the same before and after the edit.
+    """
+    rgb = image.permute(1, 2, 0)
+    if unedited.shape[-1] == 3:
+        return rgb
+    alpha = unedited[..., 3:]
+    background = original.permute(1, 2, 0) - alpha * unedited[..., :3]
+    return torch.where(alpha > 0, (rgb - background) / alpha.clamp(min=1 / 255), rgb).clamp(0, 1)
+
+
+class NerfactoViews:
+    """The training views of a nerfacto pipeline; see `TrainingViews`.
 
     Raises:
         ValueError: if the data manager does not hold all training images in memory.
@@ -51,15 +109,12 @@ class TrainingViews:
         return len(self._dataset)
 
     def filename(self, index: int) -> Path:
-        """Image file of a view."""
         return self._dataset.image_filenames[index]
 
     def positions(self) -> Float[Tensor, "n 3"]:
-        """Where the cameras stand, in the scene's units."""
         return self._cameras.camera_to_worlds[..., 3].cpu()
 
     def original(self, index: int) -> Float[Tensor, "3 H W"]:
-        """The image as it was before any edit; transparency is put on the background the model renders."""
         image = self._dataset[index]["image"]
         return self._model.renderer_rgb.blend_background(image).permute(2, 0, 1)
 
@@ -74,8 +129,8 @@ class TrainingViews:
 
     @torch.no_grad()
     def render(self, index: int) -> Float[Tensor, "3 H W"]:
-        """What the model shows at present, from the pose the view was trained at, in eval mode and in chunks."""
-        with _eval_mode(self._model):
+        """In chunks of rays; see `TrainingViews`."""
+        with eval_mode(self._model):
             rgb = self._model.get_outputs_for_camera_ray_bundle(self._rays(index))["rgb"]
         return rgb.clamp(0, 1).permute(2, 0, 1).float().cpu()
 
@@ -83,20 +138,16 @@ class TrainingViews:
     def surface(self, index: int) -> Float[Tensor, "3 H W"]:
         """Where, in the scene's coordinates, each pixel's ray has lost half its light."""
         rays = self._rays(index)
-        with _eval_mode(self._model):
+        with eval_mode(self._model):
             depth = self._model.get_outputs_for_camera_ray_bundle(rays)["depth"]
         return (rays.origins + rays.directions * depth.to(rays.origins)).permute(2, 0, 1).float().cpu()
 
     def render_with_gradient(self, index: int, rays_per_chunk: int = 4096) -> Float[Tensor, "3 H W"]:
-        """The same image on the model's device, differentiable with respect to the model.
-
-        The graph of one chunk of rays at a time is in memory: chunks are rendered without one, and again, from the same
-        random state, when the gradient comes back to them.
-        """
+        """See `TrainingViews`. The graph of one chunk of rays at a time is in memory."""
         rays = self._rays(index)
 
         def colors(start: int) -> Float[Tensor, "n 3"]:
-            with _eval_mode(self._model):  # here, for the second rendering happens within backward()
+            with eval_mode(self._model):  # here, for the second rendering happens within backward()
                 chunk = rays.get_row_major_sliced_ray_bundle(start, start + rays_per_chunk)
                 return self._model(chunk.to(self._model.device))["rgb"]
 
@@ -105,14 +156,5 @@ class TrainingViews:
         return rgb.float().view(*rays.shape, 3).permute(2, 0, 1)
 
     def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
-        """Puts an image in place of the one the view is trained on.
-
-        Alpha stays, and the background that `original` put behind it is taken away again: training adds its own.
-        """
-        rgb = image.permute(1, 2, 0)
-        unedited = self._dataset[index]["image"]
-        if unedited.shape[-1] == 4:
-            alpha = unedited[..., 3:]
-            background = self.original(index).permute(1, 2, 0) - alpha * unedited[..., :3]
-            rgb = torch.where(alpha > 0, (rgb - background) / alpha.clamp(min=1 / 255), rgb).clamp(0, 1)
+        rgb = without_background(image, self.original(index), self._dataset[index]["image"])
         self._supervision[self._row[index]][..., :3] = rgb

@@ -10,9 +10,9 @@ import tyro
 import yaml
 from nerfstudio.configs.method_configs import all_methods
 
-from csd_nerf.config import csd_edit, csd_edit_tiny, csd_scene_tiny
+from csd_nerf.config import csd_edit, csd_edit_splat, csd_edit_tiny, csd_scene_tiny
 
-METHODS = ("csd-edit", "csd-edit-tiny", "csd-scene-tiny")
+METHODS = ("csd-edit", "csd-edit-splat", "csd-edit-tiny", "csd-scene-tiny")
 
 
 def parse(*args: str):
@@ -27,7 +27,7 @@ def test_methods_are_registered_and_their_configs_survive_yaml(name):
     assert yaml.load(yaml.dump(config), Loader=yaml.Loader) == config
 
 
-@pytest.mark.parametrize("specification", [csd_edit, csd_edit_tiny, csd_scene_tiny])
+@pytest.mark.parametrize("specification", [csd_edit, csd_edit_splat, csd_edit_tiny, csd_scene_tiny])
 def test_viewer_listens_on_loopback_and_nothing_is_sent_to_wandb(specification):
     assert specification.config.viewer.websocket_host == "127.0.0.1"
     assert specification.config.vis == "viewer"
