@@ -142,8 +142,8 @@ def test_implementation_is_told_from_the_keys(monkeypatch):
 
 
 def test_the_kind_of_a_scene_is_told_from_the_keys():
-    nerf, splats, other = ({key: torch.zeros(1)} for key in ("_model.field.mlp_base.params", "_model.gauss_params.means",
-                                                             "_model.field.density"))  # fmt: skip
+    keys = ("field.mlp_base.params", "gauss_params.means", "field.density")
+    nerf, splats, other = ({f"_model.{key}": torch.zeros(1)} for key in keys)
     check_kind(nerf, Path("x.ckpt"), "nerfacto")
     check_kind(splats, Path("x.ckpt"), "splatfacto")
     with pytest.raises(ValueError, match=r"x\.ckpt is the checkpoint of splatfacto; .* by ns-train csd-edit-splat"):

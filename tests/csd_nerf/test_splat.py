@@ -77,7 +77,7 @@ def edit(output: Path, device: str, iterations: int, **options) -> Path:
         "pipeline__prompt": "make it night",
         "pipeline__prior": "analytic",
         "pipeline__edit": EditConfig(steps=20, lr_decay_every=5),
-        "pipeline__steps_per_round": 40,
+        "pipeline__steps_per_round": 20,
         "pipeline__views_per_round": 0,
         **options,
     }
@@ -106,7 +106,7 @@ def edited_run(request, stock_run, device, tmp_path_factory) -> Path:
     options = {"pipeline__mode": request.param, "optimizers": learning_rates(features_dc=0.05, means=1e-5)}
     if request.param == "distill":
         options["pipeline__edit"] = EditConfig(batch=3)
-    return edit(tmp_path_factory.mktemp("edit"), device, 60, load_run=stock_run / "config.yml", **options)
+    return edit(tmp_path_factory.mktemp("edit"), device, 30, load_run=stock_run / "config.yml", **options)
 
 
 @pytest.fixture(scope="module")
@@ -196,15 +196,19 @@ def test_a_run_brings_the_scene_to_the_answer(stock_run, edited_run, device):
         images = torch.stack([views.original(i) for i in range(len(views))])
         (night,) = AnalyticPrior().answers("make it night", images)
         errors.append((torch.stack([views.render(i) for i in range(len(views))]) - night).square().mean())
-    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.3 * errors[0]
 
 
 def test_a_run_takes_over_sizes_and_can_be_evaluated(edited_run, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     config, pipeline, _, step = eval_setup(edited_run / "config.yml")
     model = config.pipeline.model
-    assert step == 59 and (model.sh_degree, model.rasterize_mode, model.stop_split_at) == (1, "antialiased", 0)
-    assert set(pipeline.get_average_eval_image_metrics()) >= {"psnr", "ssim"}
+    assert step == 29 and (model.sh_degree, model.rasterize_mode, model.stop_split_at) == (1, "antialiased", 0)
+    assert pipeline.model.has_lpips
+    for parameter in pipeline.model.lpips.parameters():  # these images are too small for it
+        parameter.data.zero_()
+    metrics = pipeline.get_average_eval_image_metrics()
+    assert {"psnr", "ssim"} <= metrics.keys() and "lpips" not in metrics
 
 
 def test_edited_views_are_written(stock_run, edited_run, num_views):
@@ -269,11 +273,11 @@ def test_the_gradient_is_that_of_one_graph(pipeline, device, indices):
     assert (one - other).norm() <= (1e-5 if device == "cpu" else 1e-4) * other.norm()
 
 
-def test_renders_are_from_tuned_poses_and_not_as_a_viewer_wants_them(pipeline):
+def test_renders_have_neither_the_crop_nor_the_background_of_a_viewer(pipeline):
     model = pipeline.model
     views = training_views(pipeline)
     before = views.render(2)
-    box = OrientedBox.from_params((0, 0, 0), (0, 0, 0), (0.01, 0.01, 0.01))
+    box = OrientedBox.from_params((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.01, 0.01, 0.01))
     model.set_crop(box)
     model.set_background(torch.ones(3, device=model.device))
     assert torch.equal(views.render(2), before)
@@ -359,8 +363,9 @@ def test_views_of_distorted_cameras_are_the_undistorted_images(distorted_data, d
 def test_surfaces_are_where_the_rasteriser_puts_their_depth(files, device, request):
     """Seen through gsplat's matrices, each point lies in its pixel's middle, at the rendered depth."""
     pipeline = make_pipeline(request.getfixturevalue(files), device)
-    with torch.no_grad():
-        pipeline.model.scales += 1  # so that some pixels are covered, and some not
+    with torch.no_grad():  # small and dense, so that some pixels are covered, and some not
+        pipeline.model.scales.sub_(2)
+        pipeline.model.opacities.add_(4)
     views = training_views(pipeline)
     points = views.surface(3)
     pipeline.eval()
