@@ -103,8 +103,8 @@ def _appearance(model: Model) -> nn.Module | None:
 class CsdEditPipeline(VanillaPipeline):
     """A scene under edit: nerfacto or splatfacto.
 
-    Poses and appearance stay as the checkpoint has them: an edit must not be explained by either. What needs
-    the diffusion model lives in the training callbacks, not in this module: checkpoints and the viewer take in every
+    Poses and appearance stay as the checkpoint has them: an edit must not be explained by either. What needs the
+    diffusion model lives in the training callbacks, not in this module: checkpoints and the viewer take in every
     submodule, and rendering and evaluation build this class, too.
     """
 
@@ -114,13 +114,12 @@ class CsdEditPipeline(VanillaPipeline):
         super().__init__(config, *args, **kwargs)
         self._distillation: Distillation | None = None
         self.model.camera_optimizer.requires_grad_(False)
-        appearance = _appearance(self.model)
-        if appearance is not None:
+        if (appearance := _appearance(self.model)) is not None:
             appearance.requires_grad_(False)
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         groups = super().get_param_groups()
-        return {name: parameters for name, parameters in groups.items() if name not in ("camera_opt", "bilateral_grid")}
+        return {name: groups[name] for name in groups if name not in ("camera_opt", "bilateral_grid")}
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Loads a checkpoint's tensors.

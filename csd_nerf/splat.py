@@ -54,9 +54,11 @@ class SplatModelConfig(OfflineLpipsConfig, SplatfactoModelConfig):
     reset_alpha_every: int = 1_000_000
     """In steps of refinement (splatfacto: 30). A reset would show in the views that are edited: as good as never."""
     num_downscales: int = 0
+    """The scene has seen its images in full size."""
     random_init: bool = True
-    """The checkpoint's Gaussians take the place of whatever the model starts with."""
+    """The checkpoint's Gaussians take the place of any that the model starts with, and of the data's points."""
     num_random: int = 1000
+    """Gaussians before the checkpoint is loaded."""
 
 
 class SplatModel(OfflineLpips, SplatfactoModel):

@@ -118,9 +118,8 @@ class EditTrainerConfig(SceneTrainerConfig):
 
     _target: type = field(default_factory=lambda: EditTrainer)
     load_run: Path | None = None
-    """Config of the pretrained run, RUN/config.yml. Its model's sizes, its data parser and its data are taken
-    over, whatever the options of the same name say; --data overrides where the data lie. The file is read, not
-    executed."""
+    """Config of the pretrained run, RUN/config.yml. Its model's sizes, its data parser and its data are taken over,
+    whatever the options of the same name say; --data overrides where the data lie. The file is read, not executed."""
     pipeline: CsdEditPipelineConfig = field(default_factory=CsdEditPipelineConfig)  # type: ignore[assignment]
     """The edit."""
 

@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+import gsplat
 import pytest
 import torch
 import torchvision
@@ -116,15 +117,13 @@ def pipeline(stock_run, device, tmp_path_factory) -> CsdEditPipeline:
     return load(stock_run, run, device)
 
 
-def make_pipeline(
-    data: Path, device: str, cache_images_type: str = "uint8", camera_optimizer: CameraOptimizerConfig | None = None
-) -> CsdEditPipeline:
+def make_pipeline(data: Path, device: str, cache_images_type: str = "uint8", **model) -> CsdEditPipeline:
     """A scene of random Gaussians."""
     config = copy.deepcopy(all_methods["csd-edit-splat"].pipeline)
     config.datamanager.data = data
     config.datamanager.cache_images, config.datamanager.cache_images_type = "gpu", cache_images_type
-    config.model.num_random, config.model.random_scale = 50, 1.0
-    config.model.camera_optimizer = camera_optimizer or config.model.camera_optimizer
+    for name, value in {"num_random": 50, "random_scale": 1.0, **model}.items():
+        setattr(config.model, name, value)
     torch.manual_seed(0)
     return config.setup(device=device)
 
@@ -165,10 +164,11 @@ def test_plain_rasteriser_agrees_with_gsplat(mode):
     means = torch.rand(50, 3, generator=dice) - torch.tensor([0.5, 0.5, -1.0])
     scales, quats = 0.05 + 0.1 * torch.rand(50, 3, generator=dice), torch.randn(50, 4, generator=dice)
     inputs = [means, quats, scales, 0.5 * torch.rand(50, generator=dice), torch.randn(50, 4, 3, generator=dice)]
-    inputs = [value.cuda().requires_grad_() for value in inputs]
-    camera = torch.eye(4).cuda()[None], torch.tensor([[30.0, 0, 16], [0, 30.0, 12], [0, 0, 1]]).cuda()[None]
+    inputs = [value.to("cuda").requires_grad_() for value in inputs]
+    intrinsics = torch.tensor([[30.0, 0, 16], [0, 30.0, 12], [0, 0, 1]])
+    camera = torch.eye(4)[None].to("cuda"), intrinsics[None].to("cuda")
     images, gradients = [], []
-    for render in (splatfacto.rasterization, rasterization):
+    for render in (gsplat.rasterization, rasterization):
         image, alpha, _ = render(
             *inputs, *camera, 32, 24, near_plane=0.01, far_plane=1e10, render_mode="RGB+ED", sh_degree=1,
             rasterize_mode=mode, packed=False,
@@ -299,6 +299,15 @@ def test_renders_are_from_tuned_poses(scene_data, device):
     expected = pipeline.model.get_outputs_for_camera(camera)["rgb"].permute(2, 0, 1).cpu()
     torch.testing.assert_close(views.render(2), expected, atol=1e-4, rtol=0)
     assert not torch.allclose(views.render(2), elsewhere, atol=1e-2)
+
+
+def test_poses_and_appearance_are_frozen(scene_data, device):
+    pipeline = make_pipeline(
+        scene_data, device, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"), use_bilateral_grid=True
+    )
+    assert set(pipeline.get_param_groups()) == set(GROUPS)
+    frozen = {name for name, p in pipeline.model.named_parameters() if not p.requires_grad and "lpips" not in name}
+    assert frozen == {"camera_optimizer.pose_adjustment", "bil_grids.grids"}
 
 
 def next_batch(pipeline: CsdEditPipeline, view: int) -> dict:
