@@ -18,7 +18,7 @@ from torch import Tensor
 from csd_2d.images import read_image
 
 SceneKind = Literal["nerfacto", "splatfacto"]
-"""Whose parameters a scene has: what nerfacto learns, or splatfacto. Our own methods learn one or the other."""
+"""What a scene consists of: parameters of nerfacto or of splatfacto. Our own methods have one or the other."""
 _EXPECTED: dict[SceneKind, str] = {"nerfacto": "nerfacto or csd-scene-tiny", "splatfacto": "splatfacto"}
 _EDITED_BY: dict[SceneKind, str] = {"nerfacto": "csd-edit", "splatfacto": "csd-edit-splat"}
 

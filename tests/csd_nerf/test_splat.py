@@ -74,7 +74,7 @@ def stock_run(device, scene_data, tmp_path_factory) -> Path:
 def edit(output: Path, device: str, iterations: int, **options) -> Path:
     options = {
         "machine__device_type": device,
-        "pipeline__datamanager__cache_images": "gpu",  # any device; "cpu" pins memory for CUDA
+        "pipeline__datamanager__cache_images": "cpu" if device == "cuda" else "gpu",  # "cpu" pins memory: needs CUDA
         "pipeline__prompt": "make it night",
         "pipeline__prior": "analytic",
         "pipeline__edit": EditConfig(steps=20, lr_decay_every=5),
