@@ -8,6 +8,7 @@ import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
@@ -18,6 +19,7 @@ from nerfstudio.utils.external import TCNN_EXISTS
 from csd_2d.edit import EditConfig
 from csd_nerf.model import SceneModelConfig
 from csd_nerf.pipeline import CsdEditPipelineConfig
+from csd_nerf.splat import SplatModelConfig
 from csd_nerf.trainer import EditTrainerConfig, SceneTrainerConfig
 
 
@@ -151,4 +153,45 @@ csd_edit = MethodSpecification(
         vis="viewer",
     ),
     description="Edits a nerfacto scene by one sentence: all views together, with Collaborative Score Distillation.",
+)
+
+# Splatfacto's, but slow where Gaussians would move or change their shapes: an edit changes colours, and Gaussians
+# should stay where surfaces are.
+_SPLAT_LEARNING_RATES = {
+    "means": 1.6e-5,
+    "features_dc": 2.5e-3,
+    "features_rest": 1.25e-4,
+    "opacities": 1e-2,
+    "scales": 1e-3,
+    "quats": 2e-4,
+}
+
+csd_edit_splat = MethodSpecification(
+    EditTrainerConfig(
+        method_name="csd-edit-splat",
+        steps_per_eval_batch=0,
+        steps_per_save=2000,
+        max_num_iterations=30000,
+        machine=MachineConfig(device_type="cuda" if _HAS_GPU else "cpu"),
+        pipeline=CsdEditPipelineConfig(
+            datamanager=FullImageDatamanagerConfig(
+                dataparser=NerfstudioDataParserConfig(),
+                cache_images="cpu" if _HAS_GPU else "gpu",  # torch pins memory for a GPU only; "gpu" is any device
+                cache_images_type="uint8",
+            ),
+            model=SplatModelConfig(),
+        ),
+        optimizers={
+            group: {
+                "optimizer": AdamOptimizerConfig(lr=lr, eps=1e-15),
+                "scheduler": ExponentialDecaySchedulerConfig(lr_final=1.6e-6, max_steps=30000)
+                if group == "means"
+                else None,
+            }
+            for group, lr in _SPLAT_LEARNING_RATES.items()
+        },
+        viewer=_viewer(quit_when_done=False),
+        vis="viewer",
+    ),
+    description="Edits a splatfacto scene by one sentence: all views together, with Collaborative Score Distillation.",
 )

@@ -1,34 +1,38 @@
-"""Nerfacto that is built without a download."""
+"""Nerfacto, and what lets any model be built without a download."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torchvision
+from nerfstudio.models.base_model import Model
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 from torch import Tensor, nn
 
+from csd_nerf.source_run import SceneKind
+
 
 @dataclass
-class SceneModelConfig(NerfactoModelConfig):
-    """Nerfacto, with LPIPS as an option."""
+class OfflineLpipsConfig:
+    """LPIPS as an option."""
 
-    _target: type = field(default_factory=lambda: SceneModel)
     download_lpips: bool = False
     """Download AlexNet's weights (about 240 MB) so that LPIPS is reported, where neither torch's cache nor the
     checkpoint has them."""
 
 
-class SceneModel(NerfactoModel):
-    """Nerfacto whose parameters have stock names and shapes, so that stock checkpoints load and ours load in stock.
+class OfflineLpips(Model):
+    """Mixed into a model of nerfstudio: builds it without a download, and with its stock parameters' names and shapes.
 
-    Stock nerfacto downloads AlexNet whenever it is built, to be able to report LPIPS. Here AlexNet stays zero unless
+    Stock models download AlexNet whenever they are built, to be able to report LPIPS. Here AlexNet stays zero unless
     torch's cache or a checkpoint has its weights, and a metric of zero weights is not reported.
     """
 
-    config: SceneModelConfig  # type: ignore[assignment]
+    config: Any
+    lpips: nn.Module
 
     def populate_modules(self) -> None:
         with nullcontext() if self.config.download_lpips or _alexnet_is_cached() else _blank_alexnet():
@@ -49,8 +53,32 @@ class SceneModel(NerfactoModel):
             metrics, images = super().get_image_metrics_and_images(outputs, batch)
         finally:
             self.lpips = lpips
-        del metrics["lpips"]
-        return metrics, images
+        return {name: value for name, value in metrics.items() if not name.endswith("lpips")}, images
+
+
+@dataclass
+class SceneModelConfig(OfflineLpipsConfig, NerfactoModelConfig):
+    """Nerfacto, with LPIPS as an option."""
+
+    kind: ClassVar[SceneKind] = "nerfacto"
+    own: ClassVar[frozenset[str]] = frozenset(
+        {
+            "_target",
+            "prompt",
+            "download_lpips",
+            "eval_num_rays_per_chunk",
+            "implementation",
+            "camera_optimizer",
+            "use_proposal_weight_anneal",
+        }
+    )
+    """Fields that an edit does not take over from the pretrained run."""
+
+    _target: type = field(default_factory=lambda: SceneModel)
+
+
+class SceneModel(OfflineLpips, NerfactoModel):
+    """Nerfacto: stock checkpoints load, and ours load in stock nerfacto."""
 
 
 class _NotMeasured(nn.Module):

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.models.base_model import Model
+from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils.rich_utils import CONSOLE
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from csd_2d.edit import EditConfig
@@ -22,9 +24,10 @@ from csd_nerf.dataset_update import DatasetUpdate, time_left
 from csd_nerf.distill import Distillation
 from csd_nerf.masks import Box, Sphere, masks_from_folder, masks_of_solid
 from csd_nerf.resume import random_state_kept
-from csd_nerf.scene import TrainingViews, pictures_of_the_start
+from csd_nerf.scene import NerfactoViews, TrainingViews, pictures_of_the_start
 from csd_nerf.selection import Selection
 from csd_nerf.source_run import check_fits
+from csd_nerf.splat import SplatViews
 
 
 @dataclass
@@ -70,7 +73,7 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """How the views of a round are drawn: at random (paper), spread evenly over the cameras' positions, or near each
     other. Each gets its turn before any is drawn again."""
     steps_per_round: int = 2000
-    """NeRF steps from one round to the next (paper: 2000). Dataset update only."""
+    """Training steps from one round to the next (paper: 2000). Dataset update only."""
 
     masks: Path | None = None
     """Folder with a mask for each training view, named like it: white where the edit may go, black where the training
@@ -86,6 +89,8 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
         local = [name for name in ("masks", "box", "sphere") if getattr(self, name) is not None]
         if len(local) > 1 or (local and self.mode == "distill"):
             raise ValueError(f"{' and '.join(local)} cannot be used {'together' if len(local) > 1 else 'in distill'}.")
+        if self.mode == "distill" and getattr(self.model, "stop_split_at", 0):
+            raise ValueError("Gaussians cannot be split in distill; leave --pipeline.model.stop-split-at at 0.")
         if self.masks is not None and not self.masks.is_dir():
             raise ValueError(f"masks must be a folder, there is none at {self.masks}.")
         for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1), ("film_frames", 0)):
@@ -109,18 +114,35 @@ def memory_advice(config: CsdEditPipelineConfig) -> str:
         advice.append(
             "--pipeline.offload keeps all of its networks but one off the GPU (of ip2p in float16: 0.4 of 2.1 GB)"
         )
-    rays = getattr(config.datamanager, "train_num_rays_per_batch", 1)
-    advice.append(
-        f"--pipeline.datamanager.train-num-rays-per-batch {max(rays // 2, 1)} halves what a step of the scene takes"
-    )
-    return "; ".join(advice) + "."
+    rays = getattr(config.datamanager, "train_num_rays_per_batch", 0)
+    if rays:
+        advice.append(
+            f"--pipeline.datamanager.train-num-rays-per-batch {max(rays // 2, 1)} halves what a step of the scene takes"
+        )
+    return "; ".join(advice) + "." if advice else "take smaller images."
+
+
+def training_views(pipeline: VanillaPipeline) -> TrainingViews:
+    """The training views of a nerfacto or splatfacto pipeline.
+
+    Raises:
+        ValueError: as `NerfactoViews`.
+    """
+    return SplatViews(pipeline) if isinstance(pipeline.model, SplatfactoModel) else NerfactoViews(pipeline)
+
+
+def _appearance(model: Model) -> nn.Module | None:
+    """What a model learns of each training image that is not the scene."""
+    if isinstance(model, SplatfactoModel):
+        return model.bil_grids if model.config.use_bilateral_grid else None
+    return model.field.embedding_appearance  # type: ignore[union-attr]
 
 
 class CsdEditPipeline(VanillaPipeline):
-    """Nerfacto under edit.
+    """A scene under edit: nerfacto or splatfacto.
 
-    Poses and appearance embeddings stay as the checkpoint has them: an edit must not be explained by either. What needs
-    the diffusion model lives in the training callbacks, not in this module: checkpoints and the viewer take in every
+    Poses and appearance stay as the checkpoint has them: an edit must not be explained by either. What needs the
+    diffusion model lives in the training callbacks, not in this module: checkpoints and the viewer take in every
     submodule, and rendering and evaluation build this class, too.
     """
 
@@ -133,13 +155,12 @@ class CsdEditPipeline(VanillaPipeline):
         self.training_cost = Cost()
         """Of the training steps so far."""
         self.model.camera_optimizer.requires_grad_(False)
-        embedding = self.model.field.embedding_appearance  # type: ignore[union-attr]
-        if embedding is not None:
-            embedding.requires_grad_(False)
+        if (appearance := _appearance(self.model)) is not None:
+            appearance.requires_grad_(False)
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         groups = super().get_param_groups()
-        return {name: parameters for name, parameters in groups.items() if name != "camera_opt"}
+        return {name: groups[name] for name in groups if name not in ("camera_opt", "bilateral_grid")}
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Loads a checkpoint's tensors.
@@ -157,7 +178,7 @@ class CsdEditPipeline(VanillaPipeline):
         trainer, config = training_callback_attributes.trainer, self.config
         assert trainer is not None
         run, start, total = trainer.base_dir, trainer._start_step, trainer.config.max_num_iterations
-        views = TrainingViews(self)
+        views = self._views = training_views(self)
         source = self._source(views, run)
         masks = self._masks(views, run)
         if config.mode == "distill":
@@ -253,14 +274,14 @@ class CsdEditPipeline(VanillaPipeline):
         """What an interrupted run needs to go on, beside the scene and what lies in its folder."""
         return {
             "training_cost": dataclasses.asdict(self.training_cost),
-            "steps_since_update": self.model.proposal_sampler._steps_since_update,  # type: ignore[union-attr]
+            "scene": self._views.training_state(),
             "distillation": None if self._distillation is None else self._distillation.state_dict(),
         }
 
     def load_edit_state(self, state: dict[str, Any]) -> None:
         """To be called once the training callbacks are there."""
         self.training_cost = Cost(**state["training_cost"])
-        self.model.proposal_sampler._steps_since_update = state["steps_since_update"]  # type: ignore[union-attr]
+        self._views.load_training_state(state["scene"])
         if self._distillation is not None:
             self._distillation.load_state_dict(state["distillation"])
 

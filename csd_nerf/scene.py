@@ -1,17 +1,21 @@
 """The training views of a scene as images: rendered, original, and as what they supervise."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
+from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.models.nerfacto import NerfactoModel
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
@@ -20,45 +24,23 @@ from csd_2d.images import read_image, write_image
 
 
 @contextmanager
-def _eval_mode(model: NerfactoModel) -> Iterator[None]:
-    """No jitter, the mean appearance, no tuned poses; afterwards the mode it was in.
-
-    Training trains the proposal networks in some steps only; rendering in between neither counts as such a step nor is
-    one, or the second rendering of a chunk would differ from the first.
-    """
-    was_training, sampler = model.training, model.proposal_sampler
-    steps = sampler._steps_since_update
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """No jitter, the mean appearance, no tuned poses; afterwards the mode it was in."""
+    was_training = model.training
     model.eval()
-    sampler._steps_since_update = 0
     try:
         yield
     finally:
         model.train(was_training)
-        sampler._steps_since_update = steps
 
 
-class TrainingViews:
-    """The training views of a nerfacto pipeline. All images are RGB in [0, 1] on the CPU, and may differ in size.
+class TrainingViews(ABC):
+    """The training views of a pipeline. All images are RGB in [0, 1] on the CPU, and may differ in size."""
 
-    Raises:
-        ValueError: if the data manager does not hold all training images in memory.
-    """
-
-    def __init__(self, pipeline: VanillaPipeline) -> None:
-        datamanager = pipeline.datamanager
-        loader = getattr(datamanager, "train_image_dataloader", None)
-        if not isinstance(datamanager, VanillaDataManager) or loader is None or not loader.cache_all_images:
-            raise ValueError(
-                "editing needs all training images in memory; leave "
-                "--pipeline.datamanager.train-num-images-to-sample-from at -1."
-            )
-        self._model: NerfactoModel = pipeline.model  # type: ignore[assignment]
-        self._dataset = datamanager.train_dataset
-        self.cameras = datamanager.train_ray_generator.cameras
-        """Of the views."""
-        # One tensor, or a list where sizes differ; `row[i]` is the place of view i in it.
-        self._supervision: Tensor | list[Tensor] = loader.cached_collated_batch["image"]
-        self._row = {int(view): row for row, view in enumerate(loader.cached_collated_batch["image_idx"])}
+    def __init__(self, dataset: InputDataset, cameras: Cameras) -> None:
+        self._dataset = dataset
+        self.cameras = cameras
+        """Of the views, as the data have them."""
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -82,14 +64,101 @@ class TrainingViews:
         """Where the cameras stand, in the scene's units."""
         return self.cameras.camera_to_worlds[..., 3].cpu()
 
+    @abstractmethod
     def original(self, index: int) -> Float[Tensor, "3 H W"]:
         """The image as it was before any edit; transparency is put on the background the model renders."""
+
+    @abstractmethod
+    def render(self, index: int) -> Float[Tensor, "3 H W"]:
+        """What the model shows at present, from the pose the view was trained at, in eval mode."""
+
+    @abstractmethod
+    def render_with_gradient(self, index: int) -> Float[Tensor, "3 H W"]:
+        """The same image on the model's device, differentiable with respect to the model.
+
+        It is rendered without a graph, and again, from the same random state, when the gradient comes back to it.
+        """
+
+    @abstractmethod
+    def surface(self, index: int) -> Float[Tensor, "3 H W"]:
+        """Where, in the scene's coordinates, what each pixel shows lies."""
+
+    @abstractmethod
+    def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
+        """Puts an image in place of the one the view is trained on.
+
+        Alpha stays, and the background that `original` put behind it is taken away again: training adds its own.
+        """
+
+    @abstractmethod
+    def training_state(self) -> dict[str, Any]:
+        """What the training of the scene goes by, beside tensors of the model and the optimisers."""
+
+    @abstractmethod
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Goes back to what `training_state` returned."""
+
+
+def without_background(
+    image: Float[Tensor, "3 H W"], original: Float[Tensor, "3 H W"], unedited: Float[Tensor, "H W c"]
+) -> Float[Tensor, "H W 3"]:
+    """The colours which, put on the background of `original`, show `image`.
+
+    Args:
+        original: `unedited` put on that background.
+        unedited: RGB or RGBA; alpha is the same before and after the edit.
+    """
+    rgb = image.permute(1, 2, 0)
+    if unedited.shape[-1] == 3:
+        return rgb
+    alpha = unedited[..., 3:]
+    background = original.permute(1, 2, 0) - alpha * unedited[..., :3]
+    return torch.where(alpha > 0, (rgb - background) / alpha.clamp(min=1 / 255), rgb).clamp(0, 1)
+
+
+class NerfactoViews(TrainingViews):
+    """The training views of a nerfacto pipeline.
+
+    Raises:
+        ValueError: if the data manager does not hold all training images in memory.
+    """
+
+    def __init__(self, pipeline: VanillaPipeline) -> None:
+        datamanager = pipeline.datamanager
+        loader = getattr(datamanager, "train_image_dataloader", None)
+        if not isinstance(datamanager, VanillaDataManager) or loader is None or not loader.cache_all_images:
+            raise ValueError(
+                "editing needs all training images in memory; leave "
+                "--pipeline.datamanager.train-num-images-to-sample-from at -1."
+            )
+        super().__init__(datamanager.train_dataset, datamanager.train_ray_generator.cameras)
+        self._model: NerfactoModel = pipeline.model  # type: ignore[assignment]
+        # One tensor, or a list where sizes differ; `row[i]` is the place of view i in it.
+        self._supervision: Tensor | list[Tensor] = loader.cached_collated_batch["image"]
+        self._row = {int(view): row for row, view in enumerate(loader.cached_collated_batch["image_idx"])}
+
+    def original(self, index: int) -> Float[Tensor, "3 H W"]:
         image = self._dataset[index]["image"]
         return self._model.renderer_rgb.blend_background(image).permute(2, 0, 1)
 
-    def _rays(self, index: int) -> RayBundle:
-        """Of all pixels, from the pose the view was trained at, (H, W)."""
-        rays = self.cameras.generate_rays(camera_indices=index, keep_shape=True)
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Eval mode, in which rays leave no trace in the training.
+
+        It trains the proposal networks in some steps only. Rendering in between neither counts as such a step nor is
+        one, or the second rendering of a chunk would differ from the first.
+        """
+        sampler = self._model.proposal_sampler
+        steps, sampler._steps_since_update = sampler._steps_since_update, 0
+        try:
+            with eval_mode(self._model):
+                yield
+        finally:
+            sampler._steps_since_update = steps
+
+    def _rays(self, index: int, coords: Float[Tensor, "*rays 2"] | None = None) -> RayBundle:
+        """Of some pixels, all by default, from the pose the view was trained at."""
+        rays = self.cameras.generate_rays(camera_indices=index, coords=coords, keep_shape=True)
         # The model applies a tuned pose in train mode only.
         correction = self._model.camera_optimizer(torch.tensor([index]))[0].detach().to(rays.origins)
         rays.origins = rays.origins + correction[:, 3]
@@ -98,47 +167,41 @@ class TrainingViews:
 
     @torch.no_grad()
     def render(self, index: int) -> Float[Tensor, "3 H W"]:
-        """What the model shows at present, from the pose the view was trained at, in eval mode and in chunks."""
-        with _eval_mode(self._model):
+        with self._undisturbed():
             rgb = self._model.get_outputs_for_camera_ray_bundle(self._rays(index))["rgb"]
         return rgb.clamp(0, 1).permute(2, 0, 1).float().cpu()
 
     @torch.no_grad()
     def surface(self, index: int) -> Float[Tensor, "3 H W"]:
-        """Where, in the scene's coordinates, each pixel's ray has lost half its light."""
+        """See `TrainingViews`: where each pixel's ray has lost half its light."""
         rays = self._rays(index)
-        with _eval_mode(self._model):
+        with self._undisturbed():
             depth = self._model.get_outputs_for_camera_ray_bundle(rays)["depth"]
         return (rays.origins + rays.directions * depth.to(rays.origins)).permute(2, 0, 1).float().cpu()
 
     def render_with_gradient(self, index: int, rays_per_chunk: int = 4096) -> Float[Tensor, "3 H W"]:
-        """The same image on the model's device, differentiable with respect to the model.
-
-        The graph of one chunk of rays at a time is in memory: chunks are rendered without one, and again, from the same
-        random state, when the gradient comes back to them.
-        """
-        rays = self._rays(index)
+        """See `TrainingViews`. Rays and graph of one chunk of pixels at a time are in memory."""
+        coords = self.cameras.get_image_coords(index=(index,))
+        height, width, _ = coords.shape
 
         def colors(start: int) -> Float[Tensor, "n 3"]:
-            with _eval_mode(self._model):  # here, for the second rendering happens within backward()
-                chunk = rays.get_row_major_sliced_ray_bundle(start, start + rays_per_chunk)
+            # Both within, for the second rendering happens within backward().
+            chunk = self._rays(index, coords.view(-1, 2)[start : start + rays_per_chunk])
+            with self._undisturbed():
                 return self._model(chunk.to(self._model.device))["rgb"]
 
-        starts = range(0, len(rays), rays_per_chunk)
+        starts = range(0, height * width, rays_per_chunk)
         rgb = torch.cat([checkpoint(colors, start, use_reentrant=False) for start in starts])  # type: ignore[misc]
-        return rgb.float().view(*rays.shape, 3).permute(2, 0, 1)
+        return rgb.float().view(height, width, 3).permute(2, 0, 1)
+
+    def training_state(self) -> dict[str, Any]:
+        return {"steps_since_update": self._model.proposal_sampler._steps_since_update}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self._model.proposal_sampler._steps_since_update = state["steps_since_update"]
 
     def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
-        """Puts an image in place of the one the view is trained on.
-
-        Alpha stays, and the background that `original` put behind it is taken away again: training adds its own.
-        """
-        rgb = image.permute(1, 2, 0)
-        unedited = self._dataset[index]["image"]
-        if unedited.shape[-1] == 4:
-            alpha = unedited[..., 3:]
-            background = self.original(index).permute(1, 2, 0) - alpha * unedited[..., :3]
-            rgb = torch.where(alpha > 0, (rgb - background) / alpha.clamp(min=1 / 255), rgb).clamp(0, 1)
+        rgb = without_background(image, self.original(index), self._dataset[index]["image"])
         self._supervision[self._row[index]][..., :3] = rgb
 
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -17,10 +17,15 @@ from torch import Tensor
 
 from csd_2d.images import read_image
 
+SceneKind = Literal["nerfacto", "splatfacto"]
+"""What a scene consists of: parameters of nerfacto or of splatfacto. Our own methods have one or the other."""
+_EXPECTED: dict[SceneKind, str] = {"nerfacto": "nerfacto or csd-scene-tiny", "splatfacto": "splatfacto"}
+_EDITED_BY: dict[SceneKind, str] = {"nerfacto": "csd-edit", "splatfacto": "csd-edit-splat"}
+
 
 @dataclass(frozen=True)
 class SourceRun:
-    """A run of nerfacto or of one of our methods."""
+    """A run of nerfacto, of splatfacto or of one of our methods."""
 
     model: dict[str, Any]
     """Fields of its model's config."""
@@ -83,16 +88,19 @@ def read_plain_config(path: Path) -> Any:
         raise ValueError(f"{path} is not the config of a nerfstudio run.") from error
 
 
-def read_run(path: Path) -> SourceRun:
+def read_run(path: Path, kind: SceneKind) -> SourceRun:
     """Reads RUN/config.yml, or the config of the folder RUN.
+
+    Args:
+        kind: what its scene must be.
 
     Raises:
         FileNotFoundError: if there is no such config.
-        ValueError: if it is no run of nerfacto, or its data parser is not known here.
+        ValueError: if its scene is of another kind, or its data parser is not known here.
     """
     config_path = path / "config.yml" if path.is_dir() else path
     if not config_path.is_file():
-        raise FileNotFoundError(f"no run at --load-run {path}; expected the config.yml that ns-train nerfacto wrote.")
+        raise FileNotFoundError(f"no run at --load-run {path}; expected the config.yml that ns-train {kind} wrote.")
     config = read_plain_config(config_path)
     try:
         pipeline = config["pipeline"]
@@ -103,12 +111,21 @@ def read_run(path: Path) -> SourceRun:
             raise TypeError("model and data parser must be objects")
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"--load-run {config_path} is not the config of a nerfstudio run.") from error
-    if "proposal_net_args_list" not in model or "num_nerf_samples_per_ray" not in model:
-        raise ValueError(
-            f"--load-run {config_path} is a run of '{config.get('method_name')}'; expected nerfacto or csd-scene-tiny."
-        )
+    found: SceneKind | None = None
+    if {"proposal_net_args_list", "num_nerf_samples_per_ray"} <= model.keys():
+        found = "nerfacto"
+    elif {"sh_degree", "cull_alpha_thresh"} <= model.keys():
+        found = "splatfacto"
+    _refuse_others(found, kind, f"--load-run {config_path} is a run of '{config.get('method_name')}'")
     edited = str(config.get("method_name")).startswith("csd-edit")
     return SourceRun(dict(model), dataparser_of(dataparser), data, checkpoints, edited)
+
+
+def _refuse_others(found: SceneKind | None, expected: SceneKind, what: str) -> None:
+    if found is None:
+        raise ValueError(f"{what}; expected {_EXPECTED[expected]}.")
+    if found != expected:
+        raise ValueError(f"{what}; a scene of {found} is edited by ns-train {_EDITED_BY[found]}.")
 
 
 def dataparser_of(values: PlainObject) -> DataParserConfig:
@@ -139,7 +156,9 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Tensor]:
-    """Tensors of the pipeline in a checkpoint, without the prefixes that distributed training adds.
+    """Tensors of the pipeline in a checkpoint, by their present names.
+
+    The prefixes that distributed training adds are gone; Gaussians have today's names whatever version wrote them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -154,21 +173,41 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Tensor]:
             raise TypeError("a pipeline's state is tensors")
     except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as a nerfstudio checkpoint.") from error
-    return {
-        key.removeprefix("module.").replace("_model.module.", "_model.", 1): value for key, value in pipeline.items()
-    }
+    return {_present_name(key): value for key, value in pipeline.items()}
+
+
+def _present_name(key: str) -> str:
+    key = key.removeprefix("module.").replace("_model.module.", "_model.", 1)
+    name = key.removeprefix("_model.")
+    return f"{_GAUSSIANS}{name}" if name in _GAUSSIAN_NAMES else key
+
+
+_GAUSSIANS = "_model.gauss_params."
+_GAUSSIAN_NAMES = ("means", "scales", "quats", "features_dc", "features_rest", "opacities")
+
+
+def check_kind(state: dict[str, Tensor], path: Path, kind: SceneKind) -> None:
+    """Looks at whose tensors a checkpoint holds.
+
+    Raises:
+        ValueError: if not those of a scene of this kind.
+    """
+    found: SceneKind | None = None
+    if f"{_GAUSSIANS}means" in state:
+        found = "splatfacto"
+    elif any(key.startswith("_model.field.") and key.endswith((".params", "hash_table")) for key in state):
+        found = "nerfacto"
+    _refuse_others(found, kind, f"{path} is the checkpoint of {found or 'another method'}")
 
 
 def implementation(state: dict[str, Tensor], path: Path) -> str:
     """Whether tinycudann or torch wrote a nerfacto checkpoint.
 
     Raises:
-        ValueError: if it is no checkpoint of nerfacto, or tinycudann is needed and cannot run here.
+        ValueError: if tinycudann is needed and cannot run here.
     """
     if any(key.endswith("hash_table") for key in state):
         return "torch"
-    if not any(key.startswith("_model.field.") and key.endswith(".params") for key in state):
-        raise ValueError(f"{path} is the checkpoint of another method; expected one of nerfacto or csd-scene-tiny.")
     if not (TCNN_EXISTS and torch.cuda.is_available()):
         raise ValueError(
             f"{path} was trained with tinycudann, which cannot run here (it needs the package tinycudann and a GPU); "
@@ -185,25 +224,41 @@ def _is_model(key: str) -> bool:
     return key.startswith("_model.") and not key.startswith(_OPTIONAL)
 
 
+_PER_IMAGE = (
+    "_model.field.embedding_appearance.embedding.weight",
+    "_model.bil_grids.grids",
+    "_model.camera_optimizer.pose_adjustment",
+)
+"""A row for each training image."""
+
+
+def _size(key: str, value: Tensor) -> object:
+    """What must be alike for a tensor to fit."""
+    if value.ndim == 0:  # single numbers are sizes, such as max_res, which no tensor's shape need show
+        return value.item()
+    return value.shape[1:] if key.startswith(_GAUSSIANS) else value.shape
+
+
 def check_fits(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> None:
     """Compares a checkpoint's tensors with those of the pipeline it is meant for.
 
-    nerfstudio's own `load_state_dict` falls back to loading what fits and leaves the rest random.
+    nerfstudio's own `load_state_dict` falls back to loading what fits and leaves the rest random. A model of Gaussians
+    takes any number of them.
 
     Raises:
         ValueError: if a tensor is missing, unknown or of another shape.
     """
     theirs, ours = (
-        # Single numbers are sizes, such as max_res, which no tensor's shape need show.
-        {key: value.item() if value.ndim == 0 else value.shape for key, value in tensors.items() if _is_model(key)}
-        for tensors in (state, model_state)
+        {key: _size(key, value) for key, value in tensors.items() if _is_model(key)} for tensors in (state, model_state)
     )
-    embedding = "_model.field.embedding_appearance.embedding.weight"
-    if embedding in theirs and embedding in ours and len(state[embedding]) != len(model_state[embedding]):
-        raise ValueError(
-            f"the checkpoint was trained on {len(state[embedding])} images, but --data has "
-            f"{len(model_state[embedding])} training images; give the data the scene was trained on."
-        )
+    for rows in state.keys() & model_state.keys() & set(_PER_IMAGE):
+        if len(state[rows]) != len(model_state[rows]):
+            raise ValueError(
+                f"the checkpoint was trained on {len(state[rows])} images, but --data has "
+                f"{len(model_state[rows])} training images; give the data the scene was trained on."
+            )
+    if len({len(value) for key, value in state.items() if key.startswith(_GAUSSIANS)}) > 1:
+        raise ValueError("the checkpoint is damaged: its tensors are of different numbers of Gaussians.")
     differing = sorted(
         key.removeprefix("_model.") for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
     )

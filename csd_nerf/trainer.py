@@ -16,7 +16,6 @@ from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
-from nerfstudio.models.nerfacto import NerfactoModelConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 
@@ -24,9 +23,19 @@ from csd_2d.edit import load_preset, preset_of_scene
 from csd_2d.errors import NonFiniteError, one_sentence
 from csd_2d.files import UNFINISHED
 from csd_2d.priors import check_prior
+from csd_nerf.model import SceneModelConfig
 from csd_nerf.pipeline import CsdEditPipeline, CsdEditPipelineConfig
 from csd_nerf.resume import REST, latest_whole_checkpoint, random_state, set_random_state, take_up
-from csd_nerf.source_run import check_data, check_images, find_checkpoint, implementation, read_checkpoint, read_run
+from csd_nerf.source_run import (
+    check_data,
+    check_images,
+    check_kind,
+    find_checkpoint,
+    implementation,
+    read_checkpoint,
+    read_run,
+)
+from csd_nerf.splat import SplatModelConfig
 
 
 @dataclass
@@ -116,9 +125,8 @@ class EditTrainerConfig(SceneTrainerConfig):
 
     _target: type = field(default_factory=lambda: EditTrainer)
     load_run: Path | None = None
-    """Config of the pretrained nerfacto run, RUN/config.yml. Its model's sizes, its data parser and its data are taken
-    over, whatever the options of the same name say; --data overrides where the data lie. The file is read, not
-    executed."""
+    """Config of the pretrained run, RUN/config.yml. Its model's sizes, its data parser and its data are taken over,
+    whatever the options of the same name say; --data overrides where the data lie. The file is read, not executed."""
     pipeline: CsdEditPipelineConfig = field(default_factory=CsdEditPipelineConfig)  # type: ignore[assignment]
     """The edit."""
     resume: Path | None = None
@@ -168,8 +176,10 @@ class EditTrainerConfig(SceneTrainerConfig):
 
         assert self.load_checkpoint is not None
         state = read_checkpoint(self.load_checkpoint, mmap=True)
-        model: NerfactoModelConfig = self.pipeline.model  # type: ignore[assignment]
-        model.implementation = implementation(state, self.load_checkpoint)  # type: ignore[assignment]
+        model: SceneModelConfig | SplatModelConfig = self.pipeline.model  # type: ignore[assignment]
+        check_kind(state, self.load_checkpoint, model.kind)
+        if isinstance(model, SceneModelConfig):
+            model.implementation = implementation(state, self.load_checkpoint)  # type: ignore[assignment]
         # The views must be seen from where the scene was learned from. The pipeline keeps the poses as they are.
         tuned = "_model.camera_optimizer.pose_adjustment" in state
         if not tuned:
@@ -203,12 +213,13 @@ class EditTrainerConfig(SceneTrainerConfig):
         self.pipeline.prompt = prompts.pop()
 
     def _take_over(self, run: Path) -> Path:
-        source = read_run(run)
-        names = {f.name for f in dataclasses.fields(NerfactoModelConfig)} - _KEPT
+        model: SceneModelConfig | SplatModelConfig = self.pipeline.model  # type: ignore[assignment]
+        source = read_run(run, model.kind)
+        names = {f.name for f in dataclasses.fields(model)} - model.own
         for name in names & source.model.keys():
-            setattr(self.pipeline.model, name, source.model[name])
+            setattr(model, name, source.model[name])
         optimizer = source.model.get("camera_optimizer") or {}
-        self.pipeline.model.camera_optimizer = CameraOptimizerConfig(mode=optimizer.get("mode", "off"))  # type: ignore[attr-defined]
+        model.camera_optimizer = CameraOptimizerConfig(mode=optimizer.get("mode", "off"))
         datamanager = self.pipeline.datamanager
         data = datamanager.data or source.data
         if not data.exists():
@@ -218,12 +229,6 @@ class EditTrainerConfig(SceneTrainerConfig):
         if self.pipeline.source is None:
             self.pipeline.source = "current" if source.edited else "original"
         return source.checkpoints
-
-
-_KEPT = frozenset(
-    {"_target", "prompt", "eval_num_rays_per_chunk", "implementation", "camera_optimizer", "use_proposal_weight_anneal"}
-)
-"""Fields of the model that are ours, not the pretrained run's."""
 
 
 _OF_THIS_MACHINE = frozenset(

@@ -31,7 +31,7 @@ def measure(data: Path, views: int, one_graph: bool) -> dict[str, float]:
 
     from csd_2d.priors import load_prior
     from csd_nerf.distill import SceneParticles
-    from csd_nerf.scene import TrainingViews
+    from csd_nerf.scene import NerfactoViews
 
     torch.manual_seed(0)
     config = copy.deepcopy(all_methods["csd-edit-tiny"].pipeline)
@@ -39,7 +39,7 @@ def measure(data: Path, views: int, one_graph: bool) -> dict[str, float]:
     pipeline = config.setup(device="cpu")
     pipeline.train()
     parameters = [p for group in pipeline.get_param_groups().values() for p in group]
-    scene = TrainingViews(pipeline)
+    scene = NerfactoViews(pipeline)
     prior = load_prior("tiny")
     particles = SceneParticles(scene, prior, parameters)
     indices = list(range(views))

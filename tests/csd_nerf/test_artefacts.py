@@ -16,7 +16,7 @@ from csd_nerf import dataset_update
 from csd_nerf.artefacts import SHOWN, change
 from csd_nerf.config import csd_edit
 from csd_nerf.pipeline import CsdEditPipelineConfig, memory_advice
-from csd_nerf.scene import TrainingViews
+from csd_nerf.scene import NerfactoViews
 from tests.csd_nerf.test_training import QUICK, checkpoint, edit_in_process, failing
 
 
@@ -26,7 +26,7 @@ def edit_run(scene_run, tmp_path_factory):
 
 
 def views_of(run):
-    return TrainingViews(eval_setup(run / "config.yml")[1])
+    return NerfactoViews(eval_setup(run / "config.yml")[1])
 
 
 def test_pairs_show_the_source_and_the_edited_scene(edit_run, num_views):

@@ -10,13 +10,12 @@ import tyro
 import yaml
 from nerfstudio.configs.method_configs import all_methods
 
-from csd_nerf.config import csd_edit, csd_edit_tiny, csd_scene_tiny
+from csd_nerf.config import csd_edit, csd_edit_splat, csd_edit_tiny, csd_scene_tiny
 
-METHODS = ("csd-edit", "csd-edit-tiny", "csd-scene-tiny")
+METHODS = ("csd-edit", "csd-edit-splat", "csd-edit-tiny", "csd-scene-tiny")
 
 
-def parse(*args: str):
-    config = csd_edit_tiny.config
+def parse(*args: str, config=csd_edit_tiny.config):
     return tyro.cli(tyro.conf.SuppressFixed[type(config)], default=config, args=args)  # type: ignore[misc]
 
 
@@ -27,7 +26,7 @@ def test_methods_are_registered_and_their_configs_survive_yaml(name):
     assert yaml.load(yaml.dump(config), Loader=yaml.Loader) == config
 
 
-@pytest.mark.parametrize("specification", [csd_edit, csd_edit_tiny, csd_scene_tiny])
+@pytest.mark.parametrize("specification", [csd_edit, csd_edit_splat, csd_edit_tiny, csd_scene_tiny])
 def test_viewer_listens_on_loopback_and_nothing_is_sent_to_wandb(specification):
     assert specification.config.viewer.websocket_host == "127.0.0.1"
     assert specification.config.vis == "viewer"
@@ -60,6 +59,16 @@ def test_options_reach_the_nested_configs():
         7,
         "run/config.yml",
     )
+
+
+def test_gaussians_are_split_on_demand_and_not_in_distill(capsys):
+    assert csd_edit_splat.config.pipeline.model.stop_split_at == 0  # type: ignore[attr-defined]
+    split = ("--pipeline.model.stop-split-at", "5000")
+    config = parse("--pipeline.mode", "dataset-update", *split, config=csd_edit_splat.config)
+    assert config.pipeline.model.stop_split_at == 5000
+    with pytest.raises(SystemExit):
+        parse("--pipeline.mode", "distill", *split, config=csd_edit_splat.config)
+    assert "Gaussians cannot be split in distill" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

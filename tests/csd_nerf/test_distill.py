@@ -8,7 +8,7 @@ from csd_2d import EditConfig
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 from csd_nerf.distill import SceneParticles
-from csd_nerf.scene import TrainingViews
+from csd_nerf.scene import NerfactoViews
 from tests.csd_nerf.test_training import checkpoint, edit_in_process
 from tests.tiny_pipeline import tiny_pipeline
 
@@ -31,7 +31,7 @@ def gradients(pipeline, loss):
 
 
 def test_chunks_show_what_one_graph_shows(pipeline):
-    views = TrainingViews(pipeline)
+    views = NerfactoViews(pipeline)
     pipeline.train()
     image = views.render_with_gradient(2, rays_per_chunk=100)
     assert pipeline.model.training
@@ -41,7 +41,7 @@ def test_chunks_show_what_one_graph_shows(pipeline):
 @pytest.mark.parametrize("prior", [AnalyticPrior(), InstructPix2PixPrior(tiny_pipeline())], ids=["analytic", "ip2p"])
 def test_the_gradient_is_that_of_one_graph(pipeline, prior):
     """The same loss, built once chunk by chunk and once as a single graph without checkpoints."""
-    views = TrainingViews(pipeline)
+    views = NerfactoViews(pipeline)
     particles = SceneParticles(views, views.original, prior, parameters(pipeline))
     indices = [0, 3, 5]
     direction = torch.randn(particles.source(indices).shape, generator=torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ def test_the_gradient_is_that_of_one_graph(pipeline, prior):
 
 def test_random_states_are_replayed(pipeline, monkeypatch):
     """With rays that are jittered even now, both renderings of a chunk must draw the same jitter."""
-    views = TrainingViews(pipeline)
+    views = NerfactoViews(pipeline)
     drawn = []
     forward = pipeline.model.forward
 
@@ -83,7 +83,7 @@ def test_a_scene_is_edited(scene_run, tmp_path):
     assert not (run / "rounds").exists()
     errors = []
     for config in (scene_run / "config.yml", run / "config.yml"):
-        views = TrainingViews(eval_setup(config)[1])
+        views = NerfactoViews(eval_setup(config)[1])
         images = torch.stack([views.original(i) for i in range(len(views))])
         (night,) = AnalyticPrior().answers("make it night", images)
         errors.append((torch.stack([views.render(i) for i in range(len(views))]) - night).square().mean())

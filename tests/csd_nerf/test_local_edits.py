@@ -8,13 +8,13 @@ from csd_2d.images import read_image, write_image
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_nerf.masks import masks_of_solid
 from csd_nerf.pipeline import CsdEditPipelineConfig
-from csd_nerf.scene import TrainingViews
+from csd_nerf.scene import NerfactoViews
 from tests.csd_nerf.test_training import edit_in_process, failing
 
 
 @pytest.fixture(scope="module")
 def views(scene_run):
-    return TrainingViews(eval_setup(scene_run / "config.yml")[1])
+    return NerfactoViews(eval_setup(scene_run / "config.yml")[1])
 
 
 def test_surfaces_lie_on_the_rays_at_the_rendered_depth(views):

@@ -13,7 +13,7 @@ from nerfstudio.configs.method_configs import all_methods
 from PIL import Image
 
 from csd_2d.images import read_image
-from csd_nerf.scene import TrainingViews
+from csd_nerf.scene import NerfactoViews
 
 
 def make_pipeline(data: Path, **model):
@@ -53,14 +53,14 @@ def mixed_data(scene_data, tmp_path) -> Path:
 
 
 def test_originals_are_the_files(pipeline, num_views):
-    views = TrainingViews(pipeline)
+    views = NerfactoViews(pipeline)
     assert len(views) == num_views
     for i in range(len(views)):
         assert torch.equal(views.original(i), read_image(views.filename(i)))
 
 
 def test_render_is_the_model_in_eval_mode_from_the_views_camera(pipeline):
-    views = TrainingViews(pipeline)
+    views = NerfactoViews(pipeline)
     pipeline.train()
     render = views.render(3)
     assert pipeline.model.training and not render.requires_grad
@@ -83,10 +83,10 @@ def test_render_takes_the_pose_that_was_tuned(scene_data):
     camera.camera_to_worlds = torch.cat([rotation @ pose[:, :3], pose[:, 3:] + translation], 1)[None]
     pipeline.eval()
     expected = pipeline.model.get_outputs_for_camera(camera)["rgb"].permute(2, 0, 1)
-    render = TrainingViews(pipeline).render(2)
+    render = NerfactoViews(pipeline).render(2)
     assert torch.allclose(render, expected, atol=1e-4)  # rotations are multiplied in another order
     optimizer.pose_adjustment.data.zero_()
-    assert not torch.allclose(render, TrainingViews(pipeline).render(2), atol=1e-3)
+    assert not torch.allclose(render, NerfactoViews(pipeline).render(2), atol=1e-3)
 
 
 def test_poses_and_appearance_are_frozen(scene_data):
@@ -99,7 +99,7 @@ def test_poses_and_appearance_are_frozen(scene_data):
 
 
 def test_an_image_replaces_what_its_view_is_trained_on(pipeline, num_views):
-    views = TrainingViews(pipeline)
+    views = NerfactoViews(pipeline)
     before = [sample(pipeline, i) for i in range(num_views)]
     views.supervise(5, torch.full((3, 24, 32), 0.25))
     assert (sample(pipeline, 5) == 0.25).all()
@@ -115,7 +115,7 @@ def sample(pipeline, view: int) -> torch.Tensor:
 
 def test_images_of_any_size_and_with_alpha(mixed_data):
     pipeline = make_pipeline(mixed_data)
-    views = TrainingViews(pipeline)
+    views = NerfactoViews(pipeline)
     sizes = {tuple(views.original(i).shape) for i in range(len(views))}
     assert sizes == {(3, 48, 64), (3, 12, 16), (3, 24, 32)}
     for i in range(len(views)):
@@ -152,7 +152,7 @@ def test_all_images_must_be_in_memory(scene_data):
     config.datamanager.data = scene_data
     config.datamanager.train_num_images_to_sample_from = 2
     with pytest.raises(ValueError, match="train-num-images-to-sample-from"):
-        TrainingViews(config.setup(device="cpu"))
+        NerfactoViews(config.setup(device="cpu"))
 
 
 def test_semi_transparent_pixels_are_trained_towards_the_edit_once(scene_data, tmp_path):
@@ -163,7 +163,7 @@ def test_semi_transparent_pixels_are_trained_towards_the_edit_once(scene_data, t
         image.putalpha(128)
         image.save(path)
     pipeline = make_pipeline(tmp_path / "data")
-    views = TrainingViews(pipeline)
+    views = NerfactoViews(pipeline)
     edited = 0.9 * views.original(2)
     views.supervise(2, edited)
     composed = pipeline.model.renderer_rgb.blend_background(sample(pipeline, 2))

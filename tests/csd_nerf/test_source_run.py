@@ -13,6 +13,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from csd_nerf.source_run import (
     check_data,
     check_fits,
+    check_kind,
     find_checkpoint,
     implementation,
     read_checkpoint,
@@ -54,8 +55,8 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_reads_model_dataparser_and_data_of_a_method_that_is_not_installed(tmp_path):
-    run = read_run(write(tmp_path, CONFIG))
-    assert run == read_run(tmp_path)
+    run = read_run(write(tmp_path, CONFIG), "nerfacto")
+    assert run == read_run(tmp_path, "nerfacto")
     assert run.model["num_proposal_samples_per_ray"] == (24, 12)
     assert run.model["proposal_net_args_list"] == [{"max_res": 64}]
     assert run.model["camera_optimizer"]["mode"] == "SO3xR3"
@@ -67,7 +68,7 @@ def test_reads_model_dataparser_and_data_of_a_method_that_is_not_installed(tmp_p
 def test_a_config_is_not_executed(tmp_path):
     trap = tmp_path / "trap"
     attack = f"experiment_name: !!python/object/apply:os.system\n- touch {trap}\n"
-    read_run(write(tmp_path, CONFIG + attack))
+    read_run(write(tmp_path, CONFIG + attack), "nerfacto")
     assert not trap.exists()
 
 
@@ -78,22 +79,24 @@ def test_a_config_is_not_executed(tmp_path):
 )
 def test_other_files_are_not_the_config_of_a_run(text, tmp_path):
     with pytest.raises(ValueError, match=r"config\.yml is not the config of a nerfstudio run"):
-        read_run(write(tmp_path, text))
+        read_run(write(tmp_path, text), "nerfacto")
 
 
 def test_other_methods_and_dataparsers_are_named(tmp_path):
-    splats = CONFIG.replace("proposal_net_args_list", "sh_degree").replace(": nerfacto", ": splatfacto")
-    with pytest.raises(ValueError, match="is a run of 'splatfacto'; expected nerfacto"):
-        read_run(write(tmp_path, splats))
+    other = CONFIG.replace("proposal_net_args_list", "grid_levels").replace(": nerfacto", ": tensorf")
+    with pytest.raises(ValueError, match="is a run of 'tensorf'; expected nerfacto or csd-scene-tiny"):
+        read_run(write(tmp_path, other), "nerfacto")
+    with pytest.raises(ValueError, match="is a run of 'nerfacto'; a scene of nerfacto is edited by ns-train csd-edit"):
+        read_run(write(tmp_path, CONFIG), "splatfacto")
     with pytest.raises(ValueError, match=r"holds a elsewhere\.ParserConfig, which is not installed"):
         read_run(write(tmp_path, CONFIG.replace("nerfstudio.data.dataparsers.nerfstudio_dataparser.Nerfstudio"
-                                                "DataParserConfig", "elsewhere.ParserConfig")))  # fmt: skip
+                                                "DataParserConfig", "elsewhere.ParserConfig")), "nerfacto")  # fmt: skip
 
 
 def test_a_missing_run_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "config.yml"):
         with pytest.raises(FileNotFoundError, match="no run at --load-run"):
-            read_run(path)
+            read_run(path, "nerfacto")
 
 
 def test_finds_the_latest_checkpoint_or_that_of_a_step(tmp_path):
@@ -129,8 +132,6 @@ def test_files_that_are_no_checkpoints_are_named(content, tmp_path):
 
 def test_implementation_is_told_from_the_keys(monkeypatch):
     assert implementation({"_model.field.mlp_base_grid.hash_table": torch.zeros(1)}, Path("x.ckpt")) == "torch"
-    with pytest.raises(ValueError, match=r"x\.ckpt is the checkpoint of another method"):
-        implementation({"_model.gauss_params.means": torch.zeros(1)}, Path("x.ckpt"))
     tcnn = {"_model.field.mlp_base.tcnn_encoding.params": torch.zeros(1)}
     monkeypatch.setattr("csd_nerf.source_run.TCNN_EXISTS", False)
     with pytest.raises(ValueError, match="trained with tinycudann, which cannot run here"):
@@ -138,6 +139,19 @@ def test_implementation_is_told_from_the_keys(monkeypatch):
     monkeypatch.setattr("csd_nerf.source_run.TCNN_EXISTS", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert implementation(tcnn, Path("x.ckpt")) == "tcnn"
+
+
+def test_the_kind_of_a_scene_is_told_from_the_keys():
+    keys = ("field.mlp_base.params", "gauss_params.means", "field.density")
+    nerf, splats, other = ({f"_model.{key}": torch.zeros(1)} for key in keys)
+    check_kind(nerf, Path("x.ckpt"), "nerfacto")
+    check_kind(splats, Path("x.ckpt"), "splatfacto")
+    with pytest.raises(ValueError, match=r"x\.ckpt is the checkpoint of splatfacto; .* by ns-train csd-edit-splat"):
+        check_kind(splats, Path("x.ckpt"), "nerfacto")
+    with pytest.raises(ValueError, match=r"x\.ckpt is the checkpoint of nerfacto; .* by ns-train csd-edit\."):
+        check_kind(nerf, Path("x.ckpt"), "splatfacto")
+    with pytest.raises(ValueError, match=r"x\.ckpt is the checkpoint of another method; expected splatfacto"):
+        check_kind(other, Path("x.ckpt"), "splatfacto")
 
 
 def test_metrics_and_poses_may_be_absent_but_nothing_else():
@@ -192,7 +206,7 @@ def test_reads_the_config_that_stock_nerfacto_writes(tmp_path, scene_data):
     config = copy.deepcopy(all_methods["nerfacto"])
     config.pipeline.datamanager.data = scene_data
     (tmp_path / "config.yml").write_text(yaml.dump(config), "utf8")
-    run = read_run(tmp_path)
+    run = read_run(tmp_path, "nerfacto")
     assert run.data == scene_data
     assert isinstance(run.dataparser, NerfstudioDataParserConfig)
     assert run.model["num_proposal_samples_per_ray"] == config.pipeline.model.num_proposal_samples_per_ray
