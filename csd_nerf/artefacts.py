@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from csd_2d.files import replacing
 from csd_2d.images import write_image
 from csd_2d.video import Clip, Streamed, write_clip
-from csd_nerf.scene import TrainingViews
+from csd_nerf.scene import TrainingViews, eval_mode
 from csd_nerf.selection import ViewRounds
 from csd_nerf.source_run import read_checkpoint
 
@@ -67,7 +67,8 @@ def _peak_memory_mb() -> float:
 
 def render(model: Model, camera: Cameras) -> Float[Tensor, "3 H W"]:
     """What a camera sees, RGB in [0, 1], on the CPU."""
-    rgb = model.get_outputs_for_camera(camera.to(model.device))["rgb"]
+    with eval_mode(model):
+        rgb = model.get_outputs_for_camera(camera.to(model.device))["rgb"]
     return rgb.permute(2, 0, 1).clamp(0, 1).float().cpu()
 
 

@@ -146,11 +146,6 @@ class EditTrainerConfig(SceneTrainerConfig):
             self.pipeline.datamanager.data = data or self.pipeline.datamanager.data
             super().prepare()
             return
-        if "{" not in self.timestamp and (self.get_base_dir() / "config.yml").is_file():
-            raise ValueError(
-                f"there is a run in {self.get_base_dir()}; to go on with it set --resume to its config.yml, to begin "
-                "anew leave --timestamp out."
-            )
         self._settle_prompt()
         check_prior(self.pipeline.prior, self.pipeline.prompt)
         if self.pipeline.preset != "default":
@@ -173,6 +168,11 @@ class EditTrainerConfig(SceneTrainerConfig):
         # Kept in our config.yml they would send ns-eval and ns-render after the source's step.
         self.load_dir = self.load_step = None
         super().prepare()
+        if "{" not in self.timestamp and (self.get_base_dir() / "config.yml").is_file():
+            raise ValueError(
+                f"there is a run in {self.get_base_dir()}; to go on with it set --resume to its config.yml, to begin "
+                "anew leave --timestamp out."
+            )
 
         assert self.load_checkpoint is not None
         state = read_checkpoint(self.load_checkpoint, mmap=True)
