@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from csd_2d.edit import EditConfig, EditRun, StepInfo
 from csd_2d.images import common_size, pad
 from csd_2d.particles import NoiseMode, stack_batch, stack_noise
 from csd_2d.priors import Prior
-from csd_nerf.scene import TrainingViews
+from csd_nerf.scene import TrainingViews, replayed
 
 
 class SceneParticles:
@@ -60,7 +59,7 @@ class SceneParticles:
             return self._prior.encode(self._padded(image).to(self._prior.device))
 
         rendered = (self._views.render_with_gradient(index) for index in indices)
-        return torch.cat([checkpoint(latents, image, use_reentrant=False) for image in rendered])  # type: ignore[misc]
+        return torch.cat([replayed(latents, image) for image in rendered])
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._source[list(indices)]

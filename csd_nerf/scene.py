@@ -34,6 +34,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def replayed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, which is called again, from the same random state, when a gradient comes back to it.
+
+    Nothing of a graph is kept in between: torch's other kind of checkpoint keeps the graph's nodes, and of many small
+    ones they are what fills the memory. Gradients are added to parameters, as by `backward()`; `torch.autograd.grad`
+    does not see them.
+    """
+    gate = torch.zeros((), requires_grad=True)  # without an input that wants a gradient none would come back
+    return checkpoint(lambda _, *args: function(*args), gate, *args, use_reentrant=True)  # type: ignore[return-value]
+
+
 class TrainingViews(ABC):
     """The training views of a pipeline. All images are RGB in [0, 1] on the CPU, and may differ in size."""
 
@@ -191,7 +202,7 @@ class NerfactoViews(TrainingViews):
                 return self._model(chunk.to(self._model.device))["rgb"]
 
         starts = range(0, height * width, rays_per_chunk)
-        rgb = torch.cat([checkpoint(colors, start, use_reentrant=False) for start in starts])  # type: ignore[misc]
+        rgb = torch.cat([replayed(colors, start) for start in starts])
         return rgb.float().view(height, width, 3).permute(2, 0, 1)
 
     def training_state(self) -> dict[str, Any]:

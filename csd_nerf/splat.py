@@ -13,10 +13,9 @@ from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from csd_nerf.model import OfflineLpips, OfflineLpipsConfig
-from csd_nerf.scene import TrainingViews, eval_mode, without_background
+from csd_nerf.scene import TrainingViews, eval_mode, replayed, without_background
 from csd_nerf.source_run import SceneKind
 
 LEARNED = 30000
@@ -149,8 +148,7 @@ class SplatViews(TrainingViews):
         def colors(index: int) -> Float[Tensor, "H W 3"]:
             return self._outputs(index)["rgb"]
 
-        rgb: Tensor = checkpoint(colors, index, use_reentrant=False)  # type: ignore[assignment]
-        return rgb.float().permute(2, 0, 1)
+        return replayed(colors, index).float().permute(2, 0, 1)
 
     @torch.no_grad()
     def surface(self, index: int) -> Float[Tensor, "3 H W"]:

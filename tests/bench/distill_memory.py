@@ -41,7 +41,7 @@ def measure(data: Path, views: int, one_graph: bool) -> dict[str, float]:
     parameters = [p for group in pipeline.get_param_groups().values() for p in group]
     scene = NerfactoViews(pipeline)
     prior = load_prior("tiny")
-    particles = SceneParticles(scene, prior, parameters)
+    particles = SceneParticles(scene, scene.original, prior, parameters)
     indices = list(range(views))
 
     def latents() -> torch.Tensor:
