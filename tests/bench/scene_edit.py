@@ -12,7 +12,7 @@ and under one with six equally likely answers. Measured on views that nothing wa
 
     python -m tests.bench.scene_edit --scene scene --output scene_edit.json
     python -m tests.bench.scene_edit --scene scene --output selection.json --selection
-    python -m tests.bench.scene_edit --scene scene64 --size 64 48 --prior tiny --seeds 2 --output learned.json
+    python -m tests.bench.scene_edit --scene scene --output learned.json --prior tiny
 
 All methods run the same code and spend as many U-Net evaluations as csd-edit-tiny does by default, give or take 3 %;
 `unet_rows` counts them. By dataset update all train the NeRF for `--nerf-steps` steps of 1,024 rays; distill trains it
@@ -51,7 +51,8 @@ from csd_nerf.selection import Selection
 
 PROMPTS = ("paint it blue", "paint it a new color")
 MEASURES = ("psnr", "color_psnr", "grey_psnr", "agreement", "agreement_training")
-VIEWS, SCENE_STEPS = 25, 500
+VIEWS, SIZE, SCENE_STEPS = 25, (48, 36), 500
+"""Of the scene: its views, their width and height, and the steps it is learned in."""
 PAPER_ROUNDS = 4
 """Rounds of half the views, as published but for the numbers: every view has its turn twice."""
 SELECTION_ROUNDS = 6
@@ -127,7 +128,9 @@ def edit_scene(
     pipeline.edit = dataclasses.replace(method.edit, seed=seed)
     pipeline.views_per_round, pipeline.view_selection = method.views_per_round, method.selection
     pipeline.steps_per_round = nerf_steps // method.rounds
-    config.max_num_iterations = method.edit.steps if method.mode == "distill" else nerf_steps
+    config.max_num_iterations = pipeline.steps_per_round * method.rounds
+    if method.mode == "distill":
+        config.max_num_iterations = method.edit.steps
     priors: list[CountingPrior] = []
 
     def load_counting(*args: Any, **options: Any) -> Any:
@@ -175,12 +178,12 @@ def _agreement(edited: Float[Tensor, "n 3 H W"], originals: Float[Tensor, "n 3 H
     return agreement(edited, answers)[0] if len(answers) > 1 else None
 
 
-def learned_scene(folder: Path, size: tuple[int, int]) -> Path:
+def learned_scene(folder: Path) -> Path:
     """The config.yml of the scene's run; makes and learns the scene if it is not there."""
     runs = sorted((folder / "runs" / "demo" / "csd-scene-tiny").glob("*/config.yml"))
     if runs:
         return runs[-1]
-    write_scene(folder / "scene", VIEWS, size, progress="views")
+    write_scene(folder / "scene", VIEWS, SIZE, progress="views")
     config = scene_config(folder, seed=0)
     config.max_num_iterations = SCENE_STEPS
     return train(config)
@@ -239,18 +242,16 @@ def main(
     only: tuple[str, ...] = (),
     seeds: int = 5,
     nerf_steps: int = 240,
-    size: tuple[int, int] = (48, 36),
     selection: bool = False,
 ) -> None:
     """Edits the scene in every way, prints a table and writes JSON; pictures of seed 0 go beside it.
 
     Args:
         only: methods to measure; all of them if none is named.
-        size: width and height of the scene's views, when it is made.
         selection: compare ways to draw the views of a round instead, under the ambiguous instruction.
     """
     torch.set_num_threads(1)
-    scene_run = learned_scene(scene.resolve(), size)
+    scene_run = learned_scene(scene.resolve())
     before = load_scene(scene_run)
     dataset = before.datamanager.train_dataset
     assert dataset is not None
