@@ -10,6 +10,11 @@ and under one with six equally likely answers. Measured on views that nothing wa
 * `agreement`: share of the views whose nearest answer is the commonest one, and `agreement_training`, the same of the
   edited training images the scene is learned from. For instructions with several answers.
 
+The methods: `one view at a time`, the schedule of Instruct-NeRF2NeRF, which edits what the scene shows at present, view
+after view, and learns a little in between (the edit of a view is ours without SVGD, not their sampler); `one by one`,
+every view once and for itself; `paper`, CSD as published, in rounds; `default`, csd-edit-tiny's dataset update; and
+`distill`.
+
     python -m tests.bench.scene_edit --scene scene --output scene_edit.json
     python -m tests.bench.scene_edit --scene scene --output selection.json --selection
     python -m tests.bench.scene_edit --scene scene --output learned.json --prior tiny
