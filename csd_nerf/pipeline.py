@@ -71,7 +71,7 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """Training views edited together in one round (paper: 16); 0 takes all of them. Dataset update only."""
     view_selection: Selection = "random"
     """How the views of a round are drawn: at random (paper), spread evenly over the cameras' positions, or near each
-    other. Each gets its turn before any is drawn again."""
+    other, which lets far sides of a scene take different answers. Each gets its turn before any is drawn again."""
     steps_per_round: int = 2000
     """Training steps from one round to the next (paper: 2000). Dataset update only."""
 
@@ -181,8 +181,9 @@ class CsdEditPipeline(VanillaPipeline):
         views = self._views = training_views(self)
         source = self._source(views, run)
         masks = self._masks(views, run)
+        seed = trainer.config.machine.seed + config.edit.seed
         if config.mode == "distill":
-            edit = dataclasses.replace(config.edit, steps=total)
+            edit = dataclasses.replace(config.edit, steps=total, seed=seed)
             parameters = [p for group in self.get_param_groups().values() for p in group]
             self._distillation = Distillation(views, source, self._prior, config.prompt, edit, parameters)
         else:
@@ -195,7 +196,7 @@ class CsdEditPipeline(VanillaPipeline):
                 config.views_per_round,
                 config.view_selection,
                 folder=run,
-                seed=trainer.config.machine.seed + config.edit.seed,
+                seed=seed,
                 load_masks=masks,
             )
             rounds, every = -(-total // config.steps_per_round), config.steps_per_round

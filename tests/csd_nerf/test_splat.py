@@ -31,6 +31,7 @@ from csd_nerf.source_run import check_fits, read_checkpoint
 from csd_nerf.splat import SplatModelConfig
 from tests.csd_nerf.conftest import train_in_process
 from tests.csd_nerf.plain_rasterizer import rasterization
+from tests.csd_nerf.test_distill import gradients
 
 GROUPS = ("means", "scales", "quats", "features_dc", "features_rest", "opacities")
 MEANS = "_model.gauss_params.means"
@@ -77,7 +78,7 @@ def edit(output: Path, device: str, iterations: int, **options) -> Path:
         "pipeline__datamanager__cache_images": "cpu" if device == "cuda" else "gpu",  # "cpu" pins memory: needs CUDA
         "pipeline__prompt": "make it night",
         "pipeline__prior": "analytic",
-        "pipeline__edit": EditConfig(steps=20, lr_decay_every=5),
+        "pipeline__edit": EditConfig(steps=50),
         "pipeline__steps_per_round": 20,
         "pipeline__views_per_round": 0,
         "pipeline__film_frames": 2,
@@ -213,9 +214,10 @@ def test_a_run_takes_over_sizes_and_can_be_evaluated(edited_run, device, monkeyp
 
 
 def test_edited_views_are_written(stock_run, edited_run, num_views):
-    views = sorted(edited_run.glob("edited/*.png"))
-    assert len(views) in (0, num_views)  # distill edits no images
-    for path in views:
+    assert len(list(edited_run.glob("edited/*.png"))) == num_views
+    rounds = sorted(edited_run.glob("rounds/000/*.png"))
+    assert len(rounds) in (0, num_views)  # distill edits no images
+    for path in rounds:
         config = yaml.load((stock_run / "config.yml").read_text(), Loader=yaml.Loader)
         original = read_image(config.pipeline.datamanager.data / "images" / f"{path.stem[5:]}.png")
         (night,) = AnalyticPrior().answers("make it night", original[None])
@@ -256,20 +258,20 @@ def test_gaussians_are_split_if_asked(stock_run, scene_data, device, tmp_path):
 def test_the_gradient_is_that_of_one_graph(pipeline, device, indices):
     views, prior = training_views(pipeline), AnalyticPrior()
     parameters = [p for group in pipeline.get_param_groups().values() for p in group]
-    particles = SceneParticles(views, prior, parameters)
+    particles = SceneParticles(views, views.original, prior, parameters)
     direction = torch.randn(particles.source(indices).shape, generator=torch.Generator().manual_seed(0))
     direction = direction.to(particles.source(indices))
 
-    pieces = torch.autograd.grad((particles.render(indices) * direction).sum(), parameters)
+    pieces = gradients(pipeline, (particles.render(indices) * direction).sum())
     assert pipeline.model.training
 
     pipeline.eval()
     images = torch.stack([pipeline.model.get_outputs(views._camera(i))["rgb"] for i in indices]).permute(0, 3, 1, 2)
     torch.testing.assert_close(images[0].detach().cpu(), views.render(indices[0]))
-    whole = torch.autograd.grad((prior.encode(images.to(prior.device)) * direction).sum(), parameters)
+    whole = gradients(pipeline, (prior.encode(images.to(prior.device)) * direction).sum())
     pipeline.train()
     assert all(bool(gradient.any()) for gradient in whole)
-    one, other = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (pieces, whole))
+    one, other = (torch.cat([gradient.flatten() for gradient in all_of_them]) for all_of_them in (pieces, whole))
     # On a GPU gsplat adds gradients up in any order.
     assert (one - other).norm() <= (1e-5 if device == "cpu" else 1e-4) * other.norm()
 
