@@ -8,6 +8,8 @@ the PSNR of each particle to the exact answer it took.
     python tests/bench/agreement.py --counts 48 --batch 8 --seeds 10 \
         --variants default "clean, normalised, bandwidth x100" --output batches.json
     python tests/bench/agreement.py --prior tiny --images scenes --counts 8 --seeds 10 --output learned.json
+    python tests/bench/agreement.py --prior tiny --images scenes --counts 8 --seeds 2 --prompt "make it night" \
+        --variants "SVGD off" "together 0.5" "together 0.7" default "together 0.9" --output night.json
 
 The particles are smooth random images, scenes that the tiny model never saw, or --frames of a video. --batch makes a
 step take a part of the particles.
@@ -48,6 +50,7 @@ VARIANTS = {
     "clean, normalised, bandwidth x10": dataclasses.replace(PLAIN, bandwidth_scale=10.0),
     "clean, normalised, bandwidth x100": dataclasses.replace(PLAIN, bandwidth_scale=100.0),
     "two phases, SVGD in both": dataclasses.replace(DEFAULT, bandwidth_scale=1.0),
+    **{f"together {share}": dataclasses.replace(DEFAULT, together=share) for share in (0.5, 0.7, 0.9)},
     "default": DEFAULT,
 }
 
@@ -57,10 +60,10 @@ def _smooth_images(count: int, height: int, width: int, seed: int) -> torch.Tens
     return F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True) * 0.7 + 0.15
 
 
-def _measure(images: torch.Tensor, prior: Prior, config: EditConfig) -> tuple[float, float]:
+def _measure(images: torch.Tensor, prior: Prior, prompt: str, config: EditConfig) -> tuple[float, float]:
     """Share of particles on the most common answer; mean PSNR in dB to the answer each took."""
-    edited = torch.stack(edit_images(list(images), prior, PROMPT, config))
-    share, psnr = agreement(edited, known_answers(PROMPT, images))
+    edited = torch.stack(edit_images(list(images), prior, prompt, config))
+    share, psnr = agreement(edited, known_answers(prompt, images))
     return share, psnr.mean().item()
 
 
@@ -69,6 +72,7 @@ def main(
     frames: Path | None = None,
     images: Literal["smooth", "scenes"] = "smooth",
     prior: str = "analytic",
+    prompt: str = PROMPT,
     seeds: int = 20,
     steps: int = 60,
     counts: tuple[int, ...] = (1, 2, 4, 8, 16),
@@ -96,7 +100,7 @@ def main(
                     particles = held_out(count, 64, seed).images
                 else:
                     particles = _smooth_images(count, height, width, seed)
-                results.append(_measure(particles, model, config))
+                results.append(_measure(particles, model, prompt, config))
             shares, psnr = torch.tensor(results).unbind(1)
             rows.append(
                 {
@@ -111,7 +115,7 @@ def main(
             print(rows[-1], flush=True)
     output.write_text(
         json.dumps(
-            {"prompt": PROMPT, "prior": prior, "seeds": seeds, "steps": steps, "batch": batch, "rows": rows}, indent=1
+            {"prompt": prompt, "prior": prior, "seeds": seeds, "steps": steps, "batch": batch, "rows": rows}, indent=1
         )
     )
 
