@@ -37,10 +37,9 @@ class DatasetUpdate:
         source: what the edit of a view is conditioned on.
         load_prior: called at the first round, so that rendering a scene never loads a diffusion model.
         prompt: the instruction.
-        edit: settings of each round's edit.
+        edit: settings of each round's edit; its seed is that of the draw, too.
         views_per_round, selection: see `ViewRounds`.
         folder: RUN.
-        seed: of the draw and of each round's edit.
         load_masks: called at the first round; one mask a view, see `edit_images`. None: everything may change.
     """
 
@@ -54,14 +53,15 @@ class DatasetUpdate:
         views_per_round: int,
         selection: Selection,
         folder: Path,
-        seed: int,
         load_masks: Callable[[], list[Tensor]] | None = None,
     ) -> None:
         self._views, self._source, self._load_prior = views, source, load_prior
         self._prior: Prior | None = None
-        self._prompt, self._config, self._seed = prompt, edit, seed
+        self._prompt, self._config = prompt, edit
         self._rounds, self._edited = folder / "rounds", folder / "edited"
-        self._drawn = ViewRounds(views.positions(), views_per_round, selection, torch.Generator().manual_seed(seed))
+        self._drawn = ViewRounds(
+            views.positions(), views_per_round, selection, torch.Generator().manual_seed(edit.seed)
+        )
         self._load_masks = load_masks
         self._masks: list[Tensor] | None = None
         self.costs: list[Cost] = []
@@ -117,7 +117,7 @@ class DatasetUpdate:
             [self._source(index) for index in drawn],
             self._prior,
             self._prompt,
-            dataclasses.replace(self._config, seed=self._seed * 10_000 + number),
+            dataclasses.replace(self._config, seed=self._config.seed * 10_000 + number),
             start=start,
             masks=None if self._masks is None else [self._masks[index] for index in drawn],
             progress=label,

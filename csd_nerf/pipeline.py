@@ -177,51 +177,44 @@ class CsdEditPipeline(VanillaPipeline):
         callbacks = super().get_training_callbacks(training_callback_attributes)
         trainer, config = training_callback_attributes.trainer, self.config
         assert trainer is not None
-        run, start, total = trainer.base_dir, trainer._start_step, trainer.config.max_num_iterations
+        run, total = trainer.base_dir, trainer.config.max_num_iterations
         views = self._views = training_views(self)
-        source = self._source(views, run)
-        masks = self._masks(views, run)
-        seed = trainer.config.machine.seed + config.edit.seed
+        source, masks = self._source(views, run), self._masks(views, run)
+        # Two runs of different --machine.seed draw different noise, too.
+        edit = dataclasses.replace(config.edit, seed=trainer.config.machine.seed + config.edit.seed)
         if config.mode == "distill":
-            edit = dataclasses.replace(config.edit, steps=total, seed=seed)
             parameters = [p for group in self.get_param_groups().values() for p in group]
+            edit = dataclasses.replace(edit, steps=total)
             self._distillation = Distillation(views, source, self._prior, config.prompt, edit, parameters)
         else:
-            self._update = DatasetUpdate(
-                views,
-                source,
-                self._prior,
-                config.prompt,
-                config.edit,
-                config.views_per_round,
-                config.view_selection,
-                folder=run,
-                seed=seed,
-                load_masks=masks,
-            )
-            rounds, every = -(-total // config.steps_per_round), config.steps_per_round
-            for number in range(-(-start // every)):  # before the run was interrupted
-                self._update.run_round(number, finished=True)
-
-            def run_round(step: int) -> None:
-                assert self._update is not None
-                with self.advising_on_memory():
-                    self._update.run_round(step // every, f"round {step // every + 1} of {rounds}")
-                left = time_left(self._update.costs, rounds, self.training_cost, step, total)
-                CONSOLE.print(f"Round {step // every + 1} of {rounds} is done{left}.")
-
-            # Not within the training step: that runs under autocast.
-            before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
-            callbacks.append(TrainingCallback([before], run_round, update_every_num_iters=every))
+            selection = config.views_per_round, config.view_selection
+            self._update = DatasetUpdate(views, source, self._prior, config.prompt, edit, *selection, run, masks)
+            callbacks.append(self._rounds(self._update, trainer._start_step, total))
         assert trainer.config.load_checkpoint is not None
         artefacts = Artefacts(self, views, source, trainer.config.load_checkpoint, masks)
 
         def write_artefacts(step: int) -> None:
-            artefacts.write(
-                run, self._report(trainer.config, total), config.film_frames, all_views=config.mode == "distill"
-            )
+            report = self._report(trainer.config, total)
+            artefacts.write(run, report, config.film_frames, all_views=config.mode == "distill")
 
         return [*callbacks, TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], write_artefacts)]
+
+    def _rounds(self, update: DatasetUpdate, start: int, total: int) -> TrainingCallback:
+        """What runs rounds as they are due; those before step `start` are taken up from where they were finished."""
+        every = self.config.steps_per_round
+        rounds = -(-total // every)
+        for number in range(-(-start // every)):
+            update.run_round(number, finished=True)
+
+        def run_round(step: int) -> None:
+            name = f"round {step // every + 1} of {rounds}"
+            with self.advising_on_memory():
+                update.run_round(step // every, name)
+            CONSOLE.print(f"{name} is done{time_left(update.costs, rounds, self.training_cost, step, total)}.")
+
+        # Not within the training step: that runs under autocast.
+        before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
+        return TrainingCallback([before], run_round, update_every_num_iters=every)
 
     @contextmanager
     def advising_on_memory(self) -> Iterator[None]:
