@@ -75,7 +75,8 @@ def _close_event_writers() -> None:
     """nerfstudio keeps them in a global list: a second run in one process would write into the first one's files."""
     for event_writer in writer.EVENT_WRITERS:
         if isinstance(event_writer, writer.TensorboardWriter):
-            event_writer.tb_writer.close()
+            with contextlib.suppress(FileNotFoundError):  # of a run whose folder was deleted since
+                event_writer.tb_writer.close()
     writer.EVENT_WRITERS.clear()
 
 
@@ -99,8 +100,11 @@ class SceneTrainer(Trainer):
                 raise
 
     def train(self) -> None:
-        with self._cleaning(), one_sentence(self.config.method_name):
-            super().train()
+        try:
+            with self._cleaning(), one_sentence(self.config.method_name):
+                super().train()
+        finally:
+            _close_event_writers()
 
     @contextlib.contextmanager
     def _cleaning(self) -> Iterator[None]:

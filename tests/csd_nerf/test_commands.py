@@ -23,7 +23,7 @@ def run_folder(output: Path, method: str) -> Path:
     return folder
 
 
-def test_pretrain_edit_render_and_evaluate(scene_data, num_views, tmp_path):
+def test_pretrain_edit_render_and_evaluate(scene_data, tmp_path):
     out = tmp_path / "out"
     done = run("ns-train", "csd-scene-tiny", "--data", scene_data, "--output-dir", out, "--max-num-iterations", "150")
     assert done.returncode == 0, done.stderr
@@ -34,7 +34,7 @@ def test_pretrain_edit_render_and_evaluate(scene_data, num_views, tmp_path):
                "--pipeline.steps-per-round", "75", "--max-num-iterations", "150", "--output-dir", out)
     # fmt: on
     assert done.returncode == 0, done.stderr
-    assert f"round 2 of 2: {num_views} views" in done.stdout
+    assert "round 2 of 2 is done" in done.stdout
     edit = run_folder(out, "csd-edit-tiny")
 
     done = run("ns-render", "dataset", "--load-config", edit / "config.yml", "--output-path", tmp_path / "renders",
