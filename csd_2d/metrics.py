@@ -27,6 +27,16 @@ def agreement(
     return answer.bincount().max().item() / len(edited), -10 * error.clamp(min=1e-12).log10()
 
 
+def psnr(images: Tensor, references: Tensor) -> float:
+    """In dB, of the mean over all numbers, for RGB in [0, 1]; ends at 120 dB.
+
+    Example:
+        >>> round(psnr(torch.full((3, 2, 2), 0.1), torch.zeros(3, 2, 2)))
+        20
+    """
+    return -10 * (images - references).square().mean().clamp(min=1e-12).log10().item()
+
+
 def warp_error(
     frames: Float[Tensor, "n 3 H W"], flows: Float[Tensor, "m 2 H W"], visible: Float[Tensor, "m 1 H W"]
 ) -> float:

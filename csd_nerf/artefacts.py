@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from csd_2d.files import replacing
 from csd_2d.images import write_image
+from csd_2d.metrics import psnr
 from csd_2d.video import Clip, Streamed, write_clip
 from csd_nerf.scene import TrainingViews, eval_mode
 from csd_nerf.selection import ViewRounds
@@ -185,23 +186,26 @@ def change(before: list[Tensor], after: list[Tensor], masks: list[Tensor] | None
 
     Returns:
         Mean absolute difference of RGB in [0, 1]; with masks within them (weighted by the mask) and where they are 0,
-        and there the PSNR in dB, too.
+        if they are anywhere, and there the PSNR in dB, too.
 
     Example:
         >>> black, white = torch.zeros(3, 2, 2), torch.ones(3, 2, 2)
         >>> change([black], [white], [torch.tensor([[[1.0, 1.0], [0.5, 0.0]]])])
         {'inside': 1.0, 'outside': 1.0, 'psnr_outside': 0.0}
     """
-    difference = torch.cat([(new - old).flatten(1) for old, new in zip(before, after, strict=True)], dim=1)
+    old, new = (torch.cat([picture.flatten(1) for picture in pictures], dim=1) for pictures in (before, after))
+    difference = new - old
     if masks is None:
         return {"mean": round(difference.abs().mean().item(), 4)}
     weight = torch.cat([mask.flatten() for mask in masks])
-    outside = difference[:, weight == 0]
+    untouched = weight == 0
     inside = (difference.abs().mean(0) * weight).sum() / weight.sum().clamp(min=1e-6)
-    return {
-        "inside": round(inside.item(), 4),
-        "outside": round(outside.abs().mean().item(), 4),
-        "psnr_outside": round(-10 * outside.square().mean().clamp(min=1e-12).log10().item(), 2) + 0.0,
+    inner = {"inside": round(inside.item(), 4)}
+    if not untouched.any():
+        return inner
+    return inner | {
+        "outside": round(difference[:, untouched].abs().mean().item(), 4),
+        "psnr_outside": round(psnr(new[:, untouched], old[:, untouched]), 2) + 0.0,
     }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -98,6 +99,10 @@ class DatasetUpdate:
                 shutil.copyfile(folder / name, temporary)
         return drawn
 
+    @cached_property
+    def _data(self) -> str:
+        return self._views.digest()
+
     def _edit(self, number: int, drawn: list[int], folder: Path, label: str) -> None:
         if self._prior is None:
             self._prior = self._load_prior()
@@ -107,7 +112,7 @@ class DatasetUpdate:
         with replacing(folder) as unfinished:
             for index, image in zip(drawn, edited, strict=True):
                 write_image(image, unfinished / f"{self._views.name(index)}.png")
-            record = {"views": drawn, "data": self._views.digest(), "cost": cost.rounded()}
+            record = {"views": drawn, "data": self._data, "cost": cost.rounded()}
             (unfinished / "round.json").write_text(json.dumps(record), encoding="utf-8")
 
     def _edit_together(self, number: int, drawn: list[int], label: str) -> list[Tensor]:
@@ -130,7 +135,7 @@ class DatasetUpdate:
     def _check(self, folder: Path, drawn: list[int]) -> None:
         try:
             record = json.loads((folder / "round.json").read_text(encoding="utf-8"))
-            same = record["views"] == drawn and record["data"] == self._views.digest()
+            same = record["views"] == drawn and record["data"] == self._data
             self.costs.append(Cost(**record["cost"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from csd_2d.closed_form import known_answers
 from csd_2d.files import replacing
 from csd_2d.images import to_tensor, write_image
+from csd_2d.metrics import psnr
 from csd_2d.video import Clip, write_clip
 from csd_nerf.artefacts import film, render, side_by_side
 from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
@@ -152,11 +153,6 @@ def load_scene(run: Path) -> Pipeline:
     return eval_setup(run, test_mode="test")[1]
 
 
-def _psnr(images: Tensor, references: Tensor) -> float:
-    """In dB, of the mean over all images."""
-    return -10 * (images - references).square().mean().log10().item()
-
-
 class NovelViews:
     """Views the scene was not trained on: as they are, before and after the edit, and as the answer would be."""
 
@@ -171,7 +167,7 @@ class NovelViews:
         )
         # An ambiguous instruction has several answers; the scene is held to the one it took as a whole.
         answers = known_answers(prompt, self.true)
-        taken = max(range(len(answers)), key=lambda k: _psnr(self.after, answers[k]))
+        taken = max(range(len(answers)), key=lambda k: psnr(self.after, answers[k]))
         self.answer = answers[taken]
         self.answer_name = f"{taken + 1} of {len(answers)}"
 
@@ -182,7 +178,7 @@ class NovelViews:
             "unedited_views_to_answer": (self.before, self.answer),
             "edited_views_to_answer": (self.after, self.answer),
         }
-        return {name: round(_psnr(*pair), 2) for name, pair in pairs.items()}
+        return {name: round(psnr(*pair), 2) for name, pair in pairs.items()}
 
     def contact_sheet(self) -> Float[Tensor, "3 H W"]:
         """Rows: the scene before, after, and the exact answer; columns: views."""

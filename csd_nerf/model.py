@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from csd_nerf.source_run import SceneKind
 
+OF_ANY_EDIT = frozenset({"_target", "prompt", "download_lpips", "eval_num_rays_per_chunk", "camera_optimizer"})
+"""Fields of a model, of whatever kind, that an edit does not take over from the pretrained run."""
+
 
 @dataclass
 class OfflineLpipsConfig:
@@ -61,17 +64,7 @@ class SceneModelConfig(OfflineLpipsConfig, NerfactoModelConfig):
     """Nerfacto, with LPIPS as an option."""
 
     kind: ClassVar[SceneKind] = "nerfacto"
-    own: ClassVar[frozenset[str]] = frozenset(
-        {
-            "_target",
-            "prompt",
-            "download_lpips",
-            "eval_num_rays_per_chunk",
-            "implementation",
-            "camera_optimizer",
-            "use_proposal_weight_anneal",
-        }
-    )
+    own: ClassVar[frozenset[str]] = OF_ANY_EDIT | {"implementation", "use_proposal_weight_anneal"}
     """Fields that an edit does not take over from the pretrained run."""
 
     _target: type = field(default_factory=lambda: SceneModel)

@@ -14,7 +14,7 @@ from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from torch import Tensor
 
-from csd_nerf.model import OfflineLpips, OfflineLpipsConfig
+from csd_nerf.model import OF_ANY_EDIT, OfflineLpips, OfflineLpipsConfig
 from csd_nerf.scene import TrainingViews, eval_mode, replayed, without_background
 from csd_nerf.source_run import SceneKind
 
@@ -29,20 +29,13 @@ class SplatModelConfig(OfflineLpipsConfig, SplatfactoModelConfig):
     """Splatfacto, with LPIPS and densification as options."""
 
     kind: ClassVar[SceneKind] = "splatfacto"
-    own: ClassVar[frozenset[str]] = frozenset(
-        {
-            "_target",
-            "prompt",
-            "download_lpips",
-            "eval_num_rays_per_chunk",
-            "camera_optimizer",
-            "stop_split_at",
-            "reset_alpha_every",
-            "num_downscales",
-            "random_init",
-            "num_random",
-        }
-    )
+    own: ClassVar[frozenset[str]] = OF_ANY_EDIT | {
+        "stop_split_at",
+        "reset_alpha_every",
+        "num_downscales",
+        "random_init",
+        "num_random",
+    }
     """Fields that an edit does not take over from the pretrained run."""
 
     _target: type = field(default_factory=lambda: SplatModel)

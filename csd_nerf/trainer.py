@@ -75,8 +75,7 @@ def _close_event_writers() -> None:
     """nerfstudio keeps them in a global list: a second run in one process would write into the first one's files."""
     for event_writer in writer.EVENT_WRITERS:
         if isinstance(event_writer, writer.TensorboardWriter):
-            with contextlib.suppress(FileNotFoundError):  # of a run whose folder was deleted since
-                event_writer.tb_writer.close()
+            event_writer.tb_writer.close()
     writer.EVENT_WRITERS.clear()
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +92,8 @@ def frames_stack(count: int = 5) -> LatentStack:
 
 def long_edit(particles, file: Path, on_step=None) -> None:
     """An edit that keeps its state after every step."""
-    _ProgressFile.SECONDS = 0.0
-    edit(particles, AnalyticPrior(), "paint it a new color", EditConfig(steps=12, batch=3), on_step, resume=file)
+    with patch.object(_ProgressFile, "SECONDS", 0.0):
+        edit(particles, AnalyticPrior(), "paint it a new color", EditConfig(steps=12, batch=3), on_step, resume=file)
 
 
 def long_canvas() -> CanvasCrops:

@@ -46,7 +46,7 @@ from csd_2d import EditConfig, load_preset
 from csd_2d.closed_form import known_answers, normalized
 from csd_2d.files import replacing
 from csd_2d.images import read_image, write_image
-from csd_2d.metrics import agreement
+from csd_2d.metrics import agreement, psnr
 from csd_2d.particles import stack_batch
 from csd_2d.priors import Prior, load_prior
 from csd_nerf.config import csd_edit_tiny
@@ -153,13 +153,13 @@ def measure(before: Pipeline, run: Path, prompt: str) -> tuple[dict[str, float |
     grey, color = _parts(novel.after)
     figures: dict[str, float | None] = {
         "psnr": novel.psnr()["edited_views_to_answer"],
-        "color_psnr": _psnr(color, _parts(novel.answer)[1]),
-        "grey_psnr": _psnr(grey, _parts(novel.true)[0]),
+        "color_psnr": round(psnr(color, _parts(novel.answer)[1]), 2),
+        "grey_psnr": round(psnr(grey, _parts(novel.true)[0]), 2),
         "agreement": _agreement(novel.after, novel.true, prompt),
         "agreement_training": None,
     }
-    edited = sorted((run.parent / "edited").glob("*.png"))
-    if edited:  # distill has none
+    if (run.parent / "rounds").is_dir():  # distill learns from no images
+        edited = sorted((run.parent / "edited").glob("*.png"))
         dataset = before.datamanager.train_dataset
         assert dataset is not None
         originals = [dataset[int(path.stem[:4])]["image"][..., :3].permute(2, 0, 1) for path in edited]
@@ -172,10 +172,6 @@ def _parts(images: Float[Tensor, "n 3 H W"]) -> tuple[Float[Tensor, "n 1 H W"], 
     """Grey, and what the colours differ from it by."""
     grey = images.mean(1, keepdim=True)
     return grey, images - grey
-
-
-def _psnr(images: Tensor, references: Tensor) -> float:
-    return round(-10 * (images - references).square().mean().log10().item(), 2)
 
 
 def _agreement(edited: Float[Tensor, "n 3 H W"], originals: Float[Tensor, "n 3 H W"], prompt: str) -> float | None:

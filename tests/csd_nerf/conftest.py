@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torchvision
 
 from csd_nerf.procedural_scene import write_scene
 
@@ -36,6 +37,14 @@ def train_in_process(method: str, output: Path, iterations: int, **options: Any)
         setattr(target, name, value)
     main(config)  # type: ignore[arg-type]
     return config.get_base_dir()
+
+
+def train_stock(method: str, output: Path, iterations: int, **options: Any) -> Path:
+    """`train_in_process` for a method of nerfstudio's own, whose LPIPS would download weights: here they are random."""
+    build = torchvision.models.alexnet
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, "alexnet", lambda weights: build(weights=None))
+        return train_in_process(method, output, iterations, **options)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from pathlib import Path
 import gsplat
 import pytest
 import torch
-import torchvision
 import yaml
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.method_configs import all_methods
@@ -29,7 +28,7 @@ from csd_nerf.masks import masks_of_solid
 from csd_nerf.pipeline import CsdEditPipeline, CsdEditPipelineConfig, training_views
 from csd_nerf.source_run import check_fits, read_checkpoint
 from csd_nerf.splat import SplatModelConfig
-from tests.csd_nerf.conftest import train_in_process
+from tests.csd_nerf.conftest import train_in_process, train_stock
 from tests.csd_nerf.plain_rasterizer import rasterization
 from tests.csd_nerf.test_distill import gradients
 
@@ -54,22 +53,19 @@ def device(request):
 @pytest.fixture(scope="module")
 def stock_run(device, scene_data, tmp_path_factory) -> Path:
     """A run of stock splatfacto with tuned poses, hardly trained."""
-    build = torchvision.models.alexnet
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchvision.models, "alexnet", lambda weights: build(weights=None))
-        return train_in_process(
-            "splatfacto",
-            tmp_path_factory.mktemp("stock"),
-            60,
-            machine__device_type=device,
-            pipeline__datamanager__data=scene_data,
-            pipeline__model__num_random=400,
-            pipeline__model__random_scale=1.0,
-            pipeline__model__num_downscales=0,
-            pipeline__model__sh_degree=1,
-            pipeline__model__rasterize_mode="antialiased",
-            pipeline__model__camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"),
-        )
+    return train_stock(
+        "splatfacto",
+        tmp_path_factory.mktemp("stock"),
+        60,
+        machine__device_type=device,
+        pipeline__datamanager__data=scene_data,
+        pipeline__model__num_random=400,
+        pipeline__model__random_scale=1.0,
+        pipeline__model__num_downscales=0,
+        pipeline__model__sh_degree=1,
+        pipeline__model__rasterize_mode="antialiased",
+        pipeline__model__camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"),
+    )
 
 
 def edit(output: Path, device: str, iterations: int, **options) -> Path:

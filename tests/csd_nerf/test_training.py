@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 import yaml
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
@@ -16,7 +15,7 @@ from csd_2d import EditConfig, load_prior
 from csd_2d.images import read_image
 from csd_nerf import pipeline as pipeline_module
 from csd_nerf.pipeline import CsdEditPipeline
-from tests.csd_nerf.conftest import train_in_process
+from tests.csd_nerf.conftest import train_in_process, train_stock
 
 QUICK = EditConfig(steps=20, lr_decay_every=5)
 
@@ -47,23 +46,20 @@ def edit_run(scene_run, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def stock_run(scene_data, tmp_path_factory) -> Path:
     """A run of stock nerfacto with tuned poses, appearance embeddings and LPIPS weights."""
-    build = torchvision.models.alexnet
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchvision.models, "alexnet", lambda weights: build(weights=None))
-        return train_in_process(
-            "nerfacto",
-            tmp_path_factory.mktemp("stock"),
-            3,
-            data=scene_data,
-            pipeline__datamanager=VanillaDataManagerConfig(data=scene_data, train_num_rays_per_batch=64),
-            pipeline__model__implementation="torch",
-            pipeline__model__num_levels=4,
-            pipeline__model__max_res=64,
-            pipeline__model__log2_hashmap_size=10,
-            pipeline__model__num_proposal_samples_per_ray=(16, 8),
-            pipeline__model__num_nerf_samples_per_ray=8,
-            pipeline__datamanager__dataparser=NerfstudioDataParserConfig(orientation_method="none", scene_scale=2.0),
-        )
+    return train_stock(
+        "nerfacto",
+        tmp_path_factory.mktemp("stock"),
+        3,
+        data=scene_data,
+        pipeline__datamanager=VanillaDataManagerConfig(data=scene_data, train_num_rays_per_batch=64),
+        pipeline__model__implementation="torch",
+        pipeline__model__num_levels=4,
+        pipeline__model__max_res=64,
+        pipeline__model__log2_hashmap_size=10,
+        pipeline__model__num_proposal_samples_per_ray=(16, 8),
+        pipeline__model__num_nerf_samples_per_ray=8,
+        pipeline__datamanager__dataparser=NerfstudioDataParserConfig(orientation_method="none", scene_scale=2.0),
+    )
 
 
 def test_edited_views_are_written_and_the_run_can_be_evaluated(edit_run, scene_data, num_views):
