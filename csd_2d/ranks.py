@@ -9,6 +9,7 @@ that it goes through main memory, by gloo, whatever the devices are. Without `jo
 """
 
 import hashlib
+import importlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,9 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    # Optimisers import it, and a group that exists by then stays in its default arguments: it would outlive its
+    # destruction, and its threads the interpreter, which now and then aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     before = signal.signal(signal.SIGTERM, _told_to_end)
     try:
         try:

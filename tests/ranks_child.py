@@ -104,38 +104,46 @@ def long_canvas() -> CanvasCrops:
 def main() -> None:
     what, file, *model = sys.argv[1:]
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=15 if what == "hang" else 120)
-    with ranks.joined(timeout):
-        if what == "edits":
-            results = {name: run() for name, run in edits(*model).items()}
-            held = ranks.of_each(len(frames_stack().latents))
-            if ranks.rank() == 0:
-                torch.save({"held": held, **results}, file)
-            else:
-                assert not results["images"]
-        elif what in ("die", "hang"):
+    try:
+        with ranks.joined(timedelta(seconds=15 if what == "hang" else 120)):
+            work(what, file, *model)
+    finally:
+        # Threads of gloo's that outlive the group now and then abort the process as it ends.
+        left = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        assert not any("gloo" in name for name in left), left
 
-            def fail(info) -> None:
-                if ranks.rank() == 1 and info.step == 4:
-                    os.kill(os.getpid(), signal.SIGKILL) if what == "die" else time.sleep(30)
 
-            long_edit(frames_stack(), Path(file), fail)
-        elif what in ("resume stack", "resume canvas"):
-            particles = frames_stack() if what == "resume stack" else long_canvas()
-            steps = []
-            long_edit(particles, Path(file), lambda info: steps.append(info.step))
-            whole = ranks.whole_parameters(particles)
-            if ranks.rank() == 0:
-                torch.save({"steps": steps, "latents": whole}, f"{file}.result")
-        elif what == "too few":
-            frames_stack(1)
-        elif what == "not finite":
-            latents = torch.rand(2, 3, 4, 4)
-            latents[1] = torch.nan  # on the second process only
-            held = ranks.held(2)
-            mine = latents[list(held)]
-            particles = LatentStack(mine, mine, held=held, count=2)
-            edit(particles, AnalyticPrior(), "make it night", EditConfig(svgd=False))
+def work(what: str, file: str, *model: str) -> None:
+    if what == "edits":
+        results = {name: run() for name, run in edits(*model).items()}
+        held = ranks.of_each(len(frames_stack().latents))
+        if ranks.rank() == 0:
+            torch.save({"held": held, **results}, file)
+        else:
+            assert not results["images"]
+    elif what in ("die", "hang"):
+
+        def fail(info) -> None:
+            if ranks.rank() == 1 and info.step == 4:
+                os.kill(os.getpid(), signal.SIGKILL) if what == "die" else time.sleep(30)
+
+        long_edit(frames_stack(), Path(file), fail)
+    elif what in ("resume stack", "resume canvas"):
+        particles = frames_stack() if what == "resume stack" else long_canvas()
+        steps = []
+        long_edit(particles, Path(file), lambda info: steps.append(info.step))
+        whole = ranks.whole_parameters(particles)
+        if ranks.rank() == 0:
+            torch.save({"steps": steps, "latents": whole}, f"{file}.result")
+    elif what == "too few":
+        frames_stack(1)
+    elif what == "not finite":
+        latents = torch.rand(2, 3, 4, 4)
+        latents[1] = torch.nan  # on the second process only
+        held = ranks.held(2)
+        mine = latents[list(held)]
+        particles = LatentStack(mine, mine, held=held, count=2)
+        edit(particles, AnalyticPrior(), "make it night", EditConfig(svgd=False))
 
 
 if __name__ == "__main__":
