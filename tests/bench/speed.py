@@ -229,6 +229,8 @@ def _ours(
         particles = _recorded(LatentStack, draws)(source, condition)
     edit(particles, prior, PROMPT, config, on_step)
     torch.save([(timestep, *draw[1:]) for timestep, draw in zip(timesteps, draws, strict=True)], recorded)
+    if isinstance(particles, LatentStack):
+        return particles.latents
     return next(iter(particles.parameters())).detach()
 
 
@@ -327,6 +329,7 @@ def main(
                     flush=True,
                 )
             ours, published = (torch.load(folder / f"{variant.name}.pt") for variant in variants[:2])
+        assert ours.shape == published.shape
         difference = (ours - published).abs().max().item()
         differences.append({"task": task, "image_guidance_scale": scale, "largest_difference": difference})
         print(f"{title} latents moved by {rows[-1]['change']:.2f}, and differ by {difference:.1e} at most", flush=True)
