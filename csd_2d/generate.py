@@ -72,10 +72,9 @@ def generate(
     # A seed of its own: the run below draws its noise from config.seed.
     noise = torch.Generator().manual_seed(config.seed + 1)
     with torch.no_grad():
-        channels = prior.encode(torch.zeros(1, 3, cell, cell, device=prior.device)).shape[1]
-        grey = torch.full((1, 3, rows * cell, columns * cell), 0.5, device=prior.device)
+        grey = prior.encode(torch.full((1, 3, rows * cell, columns * cell), 0.5, device=prior.device))
         crops = CanvasCrops(
-            torch.randn(1, channels, rows, columns, generator=noise).to(prior.device),
+            torch.randn(grey.shape, generator=noise).to(prior.device),
             prior.condition(grey),
             window,
             stride,

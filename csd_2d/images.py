@@ -178,9 +178,10 @@ class ImageStack:
         held = ranks.held(len(images))
         mine = slice(held.start, held.stop)
         self._images, self._masks = images[mine], None if masks is None else masks[mine]
+        source = self._encoded(prior.encode, self._images)
         self.particles = LatentStack(
-            self._encoded(prior.encode, self._images),
-            condition=self._encoded(prior.condition, self._images),
+            source,
+            condition=prior.condition(source),
             start=None if start is None else self._encoded(prior.encode, start[mine]),
             mask=None if self._masks is None else self._encoded(lambda mask: cell_mask(mask, prior.cell), self._masks),
             transport=None if flows is None else flows.transport,

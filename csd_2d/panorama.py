@@ -109,9 +109,10 @@ class PanoramaCanvas:
         self._margin = prior.window // 2 if wrap else 0
         with torch.no_grad():
             around = closed(self._padded(image), self._margin * prior.cell)
+            source = opened(prior.encode(around), self._margin)
             self.crops = CanvasCrops(
-                opened(prior.encode(around), self._margin),
-                opened(prior.condition(around), self._margin),
+                source,
+                prior.condition(source),
                 prior.window,
                 stride,
                 None if mask is None else cell_mask(self._padded(mask), prior.cell),

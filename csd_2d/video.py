@@ -219,7 +219,7 @@ def _encoded(
         latent = prior.encode(padded)[0].float()
         source.append(latent)
         start.append(latent)
-        condition.append(prior.condition(padded)[0])
+        condition.append(prior.condition(latent[None])[0])
         if mask is not None:
             if mask.shape[1:] != frame.shape[1:]:
                 raise ValueError("there must be one mask for each frame, of its size.")

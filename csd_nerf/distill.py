@@ -37,9 +37,8 @@ class SceneParticles:
         sources = [source(index) for index in range(len(views))]
         self._size = common_size([image.shape[-2:] for image in sources], prior.cell)
         with torch.no_grad():
-            padded = [self._padded(image).to(prior.device) for image in sources]
-            self._source = torch.cat([prior.encode(image) for image in padded])
-            self._condition = torch.cat([prior.condition(image) for image in padded])
+            self._source = torch.cat([prior.encode(self._padded(image).to(prior.device)) for image in sources])
+            self._condition = prior.condition(self._source)
 
     def _padded(self, image: Float[Tensor, "3 _ _"]) -> Float[Tensor, "1 3 H W"]:
         return pad(image[None], *self._size)

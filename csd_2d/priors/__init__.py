@@ -48,8 +48,8 @@ class Prior(Protocol):
         """Images of latents, clamped to [0, 1]."""
         ...
 
-    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n _ h w"]:
-        """Images as the model takes them for its source; without channels if it takes none."""
+    def condition(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n _ h w"]:
+        """Images, given by their latents, as the model takes them for its source; without channels if it takes none."""
         ...
 
     def encode_text(self, prompts: Sequence[str]) -> Any:

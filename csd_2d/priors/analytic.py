@@ -55,8 +55,8 @@ class AnalyticPrior:
     def decode(self, latents: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
         return ((latents + 1) / 2).clamp(0, 1)
 
-    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
-        return self.encode(images)
+    def condition(self, latents: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
+        return latents
 
     def encode_text(self, prompts: Sequence[str]) -> list[list[ImageEdit]]:
         """The closed-form edits each instruction asks for.

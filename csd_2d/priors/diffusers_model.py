@@ -197,7 +197,7 @@ class DiffusersPrior(ABC):
         """Why a pipeline that loads is not of the kind the prior needs; None if it is."""
 
     @abstractmethod
-    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n _ h w"]:
+    def condition(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n _ h w"]:
         """See `Prior`, as for the next two."""
 
     @abstractmethod
@@ -263,17 +263,16 @@ class DiffusersPrior(ABC):
                 for network in networks:
                     network.to("cpu")
 
-    def _mode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c _ _"]:
-        """Mode of the VAE's posterior; images larger than `window` are encoded in overlapping tiles."""
+    def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
+        """Mode of the VAE's posterior, shifted and scaled by its factors. Differentiable with respect to the images.
+
+        Images larger than `window` are encoded in overlapping tiles.
+        """
         pixels = (2 * images - 1).to(self.vae.dtype)
         tile = self.window * self.cell // self._vae_cell
         with self._loaded(self.vae):
             mode = in_tiles(lambda part: self.vae.encode(part).latent_dist.mode(), pixels, tile, (self._vae_cell, 1))
-        return mode.to(torch.promote_types(images.dtype, torch.float32))
-
-    def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
-        """Mode of the VAE's posterior, shifted and scaled by its factors. Differentiable with respect to the images."""
-        return self.scaling_factor * (self._mode(images) - self._shift)
+        return self.scaling_factor * (mode.to(torch.promote_types(images.dtype, torch.float32)) - self._shift)
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         """Images of latents, clamped to [0, 1]."""

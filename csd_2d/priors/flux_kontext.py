@@ -82,9 +82,9 @@ class FluxKontextPrior(DiffusersPrior):
         """Images of latents, clamped to [0, 1]."""
         return super().decode(F.pixel_shuffle(latents, 2))
 
-    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 64 h w"]:
+    def condition(self, latents: Float[Tensor, "n 64 h w"]) -> Float[Tensor, "n 64 h w"]:
         """The latents of the source image: it enters as a clean image of the same kind."""
-        return self.encode(images)
+        return latents
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> PooledText:

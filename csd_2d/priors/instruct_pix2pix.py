@@ -42,12 +42,9 @@ class InstructPix2PixPrior(UNetPrior):
     guidance_scale = 7.5
     image_guidance_scale = 1.5
 
-    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 4 h w"]:
-        """Unscaled mode of the VAE's posterior: what diffusers' pipeline feeds to the U-Net.
-
-        Up to `window` cells a side, that is; larger images are encoded in overlapping tiles.
-        """
-        return self._mode(images)
+    def condition(self, latents: Float[Tensor, "n 4 h w"]) -> Float[Tensor, "n 4 h w"]:
+        """Unscaled mode of the VAE's posterior: what diffusers' pipeline feeds to the U-Net."""
+        return latents / self.scaling_factor
 
     def _beside(self, condition: Float[Tensor, "b 4 h w"], branches: Sequence[Branch]) -> Float[Tensor, "b 4 h w"]:
         blind = torch.tensor([branch == "uncond" for branch in branches], device=condition.device)
@@ -75,6 +72,6 @@ class InstructPix2PixXLPrior(XL, InstructPix2PixPrior):
         cosxl = pipeline.is_cosxl_edit or isinstance(self.schedule, EDMSchedule)
         self._condition_scale = self.scaling_factor if cosxl else 1.0
 
-    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 4 h w"]:
+    def condition(self, latents: Float[Tensor, "n 4 h w"]) -> Float[Tensor, "n 4 h w"]:
         """Mode of the VAE's posterior, unscaled, but for CosXL-Edit times its scaling factor."""
-        return self._condition_scale * super().condition(images)
+        return self._condition_scale * super().condition(latents)

@@ -56,9 +56,9 @@ class TextToImagePrior(UNetPrior):
         self._source = [source_prompt] if source_prompt.strip() else []
         self.wordless_rows = {"image": -1 - len(self._source), "uncond": -1}
 
-    def condition(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 0 h w"]:
+    def condition(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 0 h w"]:
         """A source image without channels, for there is none."""
-        return images.new_empty(len(images), 0, *(size // self.cell for size in images.shape[-2:]))
+        return latents[:, :0]
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "_ tokens features"] | PooledText:

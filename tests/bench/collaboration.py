@@ -167,7 +167,8 @@ def _edit_panorama(size: int, seed: int, prior: Prior, prompt: str, config: Edit
     image = scene[..., 3 * size // 2 : 5 * size // 2, :]
     with torch.no_grad():
         window = size // prior.cell
-        crops = CanvasCrops(prior.encode(image), prior.condition(image), window, 3 * window // 4)
+        source = prior.encode(image)
+        crops = CanvasCrops(source, prior.condition(source), window, 3 * window // 4)
     edit(crops, prior, prompt, config)
     with torch.no_grad():
         edited = prior.decode(crops.edited())

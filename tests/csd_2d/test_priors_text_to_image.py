@@ -65,7 +65,7 @@ def test_guided_noise_is_that_of_diffusers(pipeline, prior, scale):
     finally:
         handle.remove()
         pipeline.scheduler.step = step
-    text, condition = prior.encode_text([TARGET]), prior.condition(images())
+    text, condition = prior.encode_text([TARGET]), prior.condition(prior.encode(images()))
     for (rows, timestep), expected in zip(inputs, guided, strict=True):
         x_t = rows[:1]
         estimate = edit_residual(prior, x_t, x_t, x_t, condition, timestep, text, scale, scale, baseline="none")
@@ -93,7 +93,7 @@ def test_residual_is_the_delta_denoising_score(pipeline, prior):
         return uncond + w * (network(prompt_embeds, 0) - uncond)
 
     expected = estimate(x_t, TARGET) - estimate(source_t, SOURCE)
-    condition, text = prior.condition(images(n)), prior.encode_text([TARGET])
+    condition, text = prior.condition(prior.encode(images(n))), prior.encode_text([TARGET])
     residual = edit_residual(prior, x_t, source_t, noise, condition, timestep, text, w, w)
     torch.testing.assert_close(residual, expected, atol=2e-4, rtol=0)
     assert guidance_weights(w, w).keys() == {"text", "uncond"}  # four rows a particle with the baseline's two
@@ -103,7 +103,7 @@ def test_each_branch_sees_its_prompt(prior):
     text, x_t = prior.encode_text([TARGET, OTHER]), randn(1, 4, 16, 12)
 
     def estimate(branch, text=text, prior=prior):
-        return prior.noise_estimate(x_t, 300, prior.condition(images()), text, [branch])
+        return prior.noise_estimate(x_t, 300, prior.condition(prior.encode(images())), text, [branch])
 
     alone = [prior.encode_text([prompt]) for prompt in (TARGET, OTHER, SOURCE)]
     for branch, encoded in zip((0, 1, "image"), alone, strict=True):
@@ -116,7 +116,7 @@ def test_each_branch_sees_its_prompt(prior):
 def test_without_a_source_prompt_the_source_is_unconditional(pipeline, family):
     prior = PRIORS[family][1](pipeline)
     text, x_t = prior.encode_text([TARGET]), randn(1, 4, 16, 12).expand(2, -1, -1, -1)
-    image, uncond = prior.noise_estimate(x_t, 300, prior.condition(images(2)), text, ["image", "uncond"])
+    image, uncond = prior.noise_estimate(x_t, 300, prior.condition(prior.encode(images(2))), text, ["image", "uncond"])
     torch.testing.assert_close(image, uncond, atol=1e-5, rtol=0)
 
 
@@ -125,7 +125,7 @@ def test_latents_and_condition(prior, pipeline):
     latents = prior.encode(source)
     expected = pipeline.vae.encode(2 * source - 1).latent_dist.mode() * pipeline.vae.config.scaling_factor
     torch.testing.assert_close(latents, expected.detach(), atol=1e-6, rtol=0)
-    assert prior.condition(source).shape == (2, 0, 16, 12)
+    assert prior.condition(prior.encode(source)).shape == (2, 0, 16, 12)
 
 
 def test_the_target_prompt_steers_the_edit_and_the_source_prompt_cancels_it(prior):
@@ -133,7 +133,7 @@ def test_the_target_prompt_steers_the_edit_and_the_source_prompt_cancels_it(prio
 
     def edited(prompt: str) -> Tensor:
         source = images(3)
-        particles = LatentStack(prior.encode(source), prior.condition(source))
+        particles = LatentStack(prior.encode(source), prior.condition(prior.encode(source)))
         edit(particles, prior, prompt, EditConfig(steps=3, batch=2, svgd=False))
         return particles.latents.detach() - prior.encode(source)
 

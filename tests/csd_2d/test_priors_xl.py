@@ -81,9 +81,9 @@ def calls(pipeline) -> list[dict]:
 
 
 def test_condition_is_what_diffusers_feeds(prior, calls, cosxl):
-    torch.testing.assert_close(prior.condition(images()), calls[0]["input"][:1, 4:], atol=1e-6, rtol=0)
+    torch.testing.assert_close(prior.condition(prior.encode(images())), calls[0]["input"][:1, 4:], atol=1e-6, rtol=0)
     # CosXL-Edit's is the latent itself, the other's is larger by 1 / 0.13025.
-    ratio = prior.encode(images()) / prior.condition(images())
+    ratio = prior.encode(images()) / prior.condition(prior.encode(images()))
     torch.testing.assert_close(ratio, torch.full_like(ratio, 1.0 if cosxl else 0.13025))
 
 
@@ -96,7 +96,7 @@ def test_text_is_what_diffusers_feeds(prior, calls, cosxl):
 
 
 def test_guided_noise_leads_to_the_clean_image_of_diffusers_scheduler(prior, calls):
-    text, condition = prior.encode_text([PROMPT]), prior.condition(images())
+    text, condition = prior.encode_text([PROMPT]), prior.condition(prior.encode(images()))
     for call, timestep in zip(calls, TIMESTEPS, strict=True):
         x_t = call["input"][:1, :4]  # diffusers scales the input to variance preserving, too, as sigma_data is 1
         guided = edit_residual(prior, x_t, x_t, x_t, condition, timestep, text, 5.0, 1.5, baseline="none")
@@ -106,7 +106,7 @@ def test_guided_noise_leads_to_the_clean_image_of_diffusers_scheduler(prior, cal
 
 
 def test_branches_are_those_of_diffusers(prior, calls, cosxl):
-    text, condition = prior.encode_text([PROMPT]), prior.condition(images()).expand(3, -1, -1, -1)
+    text, condition = prior.encode_text([PROMPT]), prior.condition(prior.encode(images())).expand(3, -1, -1, -1)
     for call, timestep in zip(calls, TIMESTEPS, strict=True):
         x_t = call["input"][:, :4]
         estimates = prior.noise_estimate(x_t, timestep, condition, text, [0, "image", "uncond"])
@@ -167,7 +167,10 @@ def test_exact_network_of_cosxl_gives_the_noise_back():
 
 def test_offload_and_micro_batch_change_nothing(folder, prior):
     other = InstructPix2PixXLPrior.from_pretrained(folder, offload=True, micro_batch=1)
-    x_t, condition = torch.randn(3, 4, 16, 12, generator=torch.Generator().manual_seed(0)), prior.condition(images(3))
+    x_t, condition = (
+        torch.randn(3, 4, 16, 12, generator=torch.Generator().manual_seed(0)),
+        prior.condition(prior.encode(images(3))),
+    )
     branches = [0, "uncond", "image"]
     estimates = [p.noise_estimate(x_t, 300, condition, p.encode_text([PROMPT]), branches) for p in (prior, other)]
     torch.testing.assert_close(*estimates, atol=1e-4, rtol=0)
@@ -184,7 +187,7 @@ def test_vae_that_overflows_in_half_precision_stays_in_single(folder):
 def test_an_edit_runs_and_repeats_bit_for_bit(prior):
     def edited() -> Tensor:
         source = images(3)
-        particles = LatentStack(prior.encode(source), prior.condition(source))
+        particles = LatentStack(prior.encode(source), prior.condition(prior.encode(source)))
         edit(particles, prior, PROMPT, EditConfig(steps=3, batch=2))
         return particles.latents.detach()
 
