@@ -33,13 +33,19 @@ class Schedule(Protocol):
 class VariancePreservingSchedule:
     """alpha^2 + sigma^2 = 1, alpha^2 from the scheduler's table (Ho et al. 2020, arXiv 2006.11239).
 
+    A schedule may end in noise alone (Lin et al. 2024, arXiv 2305.08891). There the estimate is what was put in, and a
+    step of CSD on it moves nothing: timesteps beyond the noise that Stable Diffusion's schedule ends in are left out.
+
     A network that predicts v = alpha noise - sigma x_0 is converted: noise = alpha v + sigma x_t (Salimans & Ho 2022,
     arXiv 2202.00512, appendix D).
     """
 
+    LEAST_ALPHA_SQUARED = 0.0046
+    """Stable Diffusion's is 0.00466 at its last timestep."""
+
     def __init__(self, scheduler: Any) -> None:
         self.alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
-        self.num_timesteps = len(self.alphas_cumprod)
+        self.num_timesteps = int((self.alphas_cumprod > self.LEAST_ALPHA_SQUARED).sum())
         self._predicts_v = scheduler.config.get("prediction_type") == "v_prediction"
 
     def alpha_sigma(self, timestep: int) -> tuple[float, float]:

@@ -218,7 +218,11 @@ def make_unet(size: int, channels: tuple[int, ...]) -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with v prediction: well posed at both ends of it."""
+    """Stable Diffusion's noise schedule, stretched to end in noise alone, where v prediction is well posed, too.
+
+    Unstretched, 7 % of an image are left, and what samples begin with, noise whose mean is none, says "middling grey":
+    of a season's four answers the bright two were always taken (Lin et al. 2024, arXiv 2305.08891).
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -227,6 +231,7 @@ def make_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
     )
 
 

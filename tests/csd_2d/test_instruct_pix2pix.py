@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
 from torch import Tensor
 
 from csd_2d import EditConfig, LatentStack, edit, edit_residual, load_prior
@@ -15,6 +15,7 @@ from csd_2d.images import edit_images
 from csd_2d.priors import diffusers_model
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
+from csd_2d.priors.schedules import VariancePreservingSchedule
 from tests.tiny_pipeline import TOKENS, save_tiny_pipeline, tiny_pipeline
 
 PROMPT = "make it night"
@@ -270,8 +271,6 @@ def test_v_prediction_is_converted_to_noise():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_conversion_agrees_with_the_scheduler_of_diffusers(prediction_type):
-    from diffusers import DDIMScheduler
-
     pipeline = tiny_pipeline(prediction_type=prediction_type)
     prior = InstructPix2PixPrior(pipeline)
     x_t, text = randn(1, 4, 16, 16), prior.encode_text([PROMPT])
@@ -283,6 +282,17 @@ def test_conversion_agrees_with_the_scheduler_of_diffusers(prediction_type):
     x_0 = scheduler.step(output, 300, x_t).pred_original_sample
     estimate = prior.noise_estimate(x_t, 300, x_t, text, [0])
     torch.testing.assert_close((x_t - sigma * estimate) / alpha, x_0, atol=1e-5, rtol=0)
+
+
+def test_timesteps_that_are_all_noise_are_not_drawn():
+    def schedule(**options) -> VariancePreservingSchedule:
+        stable_diffusions = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        return VariancePreservingSchedule(DDIMScheduler(**stable_diffusions, **options))
+
+    whole, stretched = schedule(), schedule(rescale_betas_zero_snr=True)
+    assert whole.num_timesteps == 1000 and stretched.alphas_cumprod[-1] == 0
+    end = whole.alpha_sigma(999)
+    assert stretched.alpha_sigma(stretched.num_timesteps - 1) == pytest.approx(end, abs=1e-3)
 
 
 @pytest.mark.parametrize("cells", [13, 16, 17, 25, 37, 48])

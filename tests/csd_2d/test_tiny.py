@@ -14,7 +14,7 @@ from csd_2d.cli import main
 from csd_2d.closed_form import EDITS, known_answers
 from csd_2d.images import read_image, write_image
 from csd_2d.priors import check_prior
-from csd_2d.tiny import MODEL, report, train
+from csd_2d.tiny import GUIDANCE_SCALE, MODEL, report, train
 from csd_2d.tiny.instructions import INSTRUCTIONS, WORDINGS, draw_edits
 from csd_2d.tiny.scenes import OBJECTS, Scenes, draw_scenes
 
@@ -183,6 +183,17 @@ def test_it_follows_instructions_in_diffusers_own_pipeline(pipeline):
         error = {name: (edited - known_answers(name, scenes.images)[0]).square().mean() for name in EDITS}
         assert min(error, key=error.get) == prompt
         assert -10 * error[prompt].log10() > 18
+
+
+def test_samples_begin_with_noise_alone_and_reach_all_seasons(pipeline):
+    """Were anything of an image left in what samples begin with, its brightness would decide the season."""
+    assert pipeline.scheduler.alphas_cumprod[-1] == 0
+    images = train.held_out(1, 64).images.expand(24, -1, -1, -1)
+    prompt = "change the season"
+    edited = train.edit_with_diffusers(pipeline, images, [prompt] * 24, GUIDANCE_SCALE, num_inference_steps=8)
+    errors = torch.stack([(edited - answer).square().flatten(1).mean(1) for answer in known_answers(prompt, images)])
+    counts = errors.argmin(0).bincount(minlength=4)
+    assert counts.min() >= 1 and counts.max() <= 14
 
 
 def test_words_it_never_read_do_not_crash_it(pipeline):
