@@ -93,8 +93,6 @@ def test_keyframes_reach_the_known_answer_and_only_they_are_edited():
             encoded.append(len(images))
             return super().encode(images)
 
-        condition = AnalyticPrior.encode  # type: ignore[assignment]
-
     prior = Watching()
     edited = edit_video(Clip(frames), prior, "make it night", EditConfig(steps=40), keyframes=4).frames
     assert sum(encoded) == 3
