@@ -203,7 +203,9 @@ def _settings(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "image_guidance_scale": image_guidance_scale,
-        "seed": None if generator is None else int(torch.randint(2**40, (), generator=generator)),
+        "seed": None
+        if generator is None
+        else int(torch.randint(2**40, (), generator=generator, device=generator.device)),
     }
     return replace(config or EditConfig(), **{name: value for name, value in given.items() if value is not None})
 
@@ -219,14 +221,24 @@ def _tensor(image: ImageLike) -> Float[Tensor, "3 H W"]:
         return to_tensor(image)
     if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] == 3:
         array = torch.from_numpy(image).permute(2, 0, 1)
-        return array.float() / 255 if image.dtype == np.uint8 else array.float()
-    if isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3 and image.is_floating_point():
-        return image.detach().float().cpu()
+        return array.float() / 255 if image.dtype == np.uint8 else _in_range(array)
+    if isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3:
+        return _in_range(image.detach().cpu())
     shape = getattr(image, "shape", "")
     raise ValueError(
         "an image must be a PIL image, an (H, W, 3) array, uint8 or in [0, 1], or a (3, H, W) tensor in [0, 1]; got "
         f"{type(image).__name__} {tuple(shape) if shape else ''}."
     )
+
+
+def _in_range(image: Tensor) -> Float[Tensor, "3 H W"]:
+    # What resampling leaves a little outside is clamped when the image is decoded.
+    if not image.is_floating_point() or not -0.1 <= image.min() <= image.max() <= 1.1:
+        raise ValueError(
+            f"an image's numbers must be in [0, 1], or uint8 in an array; got {image.dtype} from {image.min():g} to "
+            f"{image.max():g}."
+        )
+    return image.float()
 
 
 def _output(image: Float[Tensor, "3 H W"], output_type: str) -> ImageLike:

@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import count
@@ -18,7 +19,8 @@ from csd_2d.edit import EditConfig, check_prompt, load_preset
 from csd_2d.errors import one_sentence
 from csd_2d.generate import GENERATE, generate
 from csd_2d.images import IMAGE_SUFFIXES, read_image, read_mask, write_image
-from csd_2d.priors import DEFAULT_MODEL, Prior, check_prior, load_prior
+from csd_2d.metrics import wrap_seam
+from csd_2d.priors import DEFAULT_MODEL, EDITORS, Prior, check_prior, load_prior
 
 if TYPE_CHECKING:
     import torch
@@ -65,14 +67,14 @@ class PriorOptions:
             check_prior(name, prompt)
         return load_prior(
             name,
-            device,
-            dtype,
-            self.micro_batch,
-            self.offload,
-            self.local_files_only,
-            self.source_prompt,
-            self.compile,
-            self.attention,
+            device=device,
+            dtype=dtype,
+            micro_batch=self.micro_batch,
+            offload=self.offload,
+            local_files_only=self.local_files_only,
+            source_prompt=self.source_prompt,
+            compile=self.compile,
+            attention=self.attention,
         )
 
 
@@ -85,24 +87,37 @@ class RunOptions:
     region."""
     model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
     preset: str = "default"
-    """Where the defaults below come from: a name in configs/ (`paper` is the published algorithm), or a .yaml file."""
+    """Where the defaults below come from: a name in configs/, or a .yaml file. `paper` is the published algorithm, of a
+    panorama with --no-fade and a stride of a quarter of the window."""
     edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
     resume: bool = False
     """Go on where the same command was interrupted. What it needs for that lies beside OUT, in OUT.unfinished, and is
     removed when the edit is done."""
 
-    def resume_file(self, output: Path) -> Path:
-        """Where the state of the edit is kept; without `--resume` what an older one left there is deleted.
+    @contextmanager
+    def resumable(self, output: Path) -> Iterator[Path]:
+        """Where the state of the edit is kept until the output is written, which is when the block ends.
+
+        Without `--resume` what an older edit left there is deleted.
 
         Raises:
             ValueError: if there is nothing to go on with.
         """
         path = output.with_name(output.name + ".unfinished")
-        if not self.resume:
-            path.unlink(missing_ok=True)
-        elif not path.exists():
+        first = ranks.rank() == 0
+        if self.resume and not path.exists():
             raise ValueError(f"nothing to resume: there is no {path}.")
-        return path
+        if not self.resume and first and path.exists():
+            print(f"csd: beginning anew, without --resume; {path} of an interrupted edit is deleted.", file=sys.stderr)
+            path.unlink()
+        try:
+            yield path
+        except KeyboardInterrupt as error:
+            if path.exists():  # it is first written after half a minute
+                raise KeyboardInterrupt("the same command with --resume goes on") from error
+            raise
+        if first:
+            path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -130,7 +145,8 @@ class Panorama:
     options: Annotated[Options, tyro.conf.arg(name="")]
     regions: tuple[Path, ...] | None = None
     """With several prompts: for each of them an image of the input's size, white where it applies. Where they overlap
-    prompts mix, where all are black nothing changes. Default: vertical stripes of one width, from left to right."""
+    prompts mix; where all are black nothing changes, with a border as soft as --feather says. Default: vertical stripes
+    of one width, from left to right."""
     blend_regions: bool = False
     """Mix prompts cell by cell. Off: as published, by how much of a crop each region covers."""
     wrap: bool = False
@@ -150,29 +166,29 @@ class Panorama:
         options = self.options
         height, width = image.shape[-2:]
         mask = None if options.mask is None else read_mask(options.mask, (height, width), options.feather)
-        regions = (
-            None
-            if self.regions is None
-            else [read_mask(path, (height, width), options.feather) for path in self.regions]
-        )
-        resume = options.resume_file(self.output)
-        edited = edit_panorama(
-            image,
-            options.model.load(options.prompt),
-            options.prompt,
-            options.edit,
-            progress="editing",
-            resume=resume,
-            stride=self.stride,
-            mask=mask,
-            regions=regions,
-            blend_regions=self.blend_regions,
-            wrap=self.wrap,
-            fade=self.fade,
-        )
-        if ranks.rank() == 0:
-            write_image(edited, self.output)
-        return f"{self.output} ({edited.shape[-1]}x{edited.shape[-2]} px)"
+        regions = None if self.regions is None else [read_mask(path, (height, width)) for path in self.regions]
+        prior = options.model.load(options.prompt)
+        with options.resumable(self.output) as resume:
+            edited = edit_panorama(
+                image,
+                prior,
+                options.prompt,
+                options.edit,
+                progress="editing",
+                resume=resume,
+                stride=self.stride,
+                mask=mask,
+                regions=regions,
+                feather=options.feather,
+                blend_regions=self.blend_regions,
+                wrap=self.wrap,
+                fade=self.fade,
+            )
+            if ranks.rank() == 0:
+                write_image(edited, self.output)
+        if self.wrap and ranks.rank() == 0:
+            print(f"seam at the border: {wrap_seam(edited):.2f}, the source's {wrap_seam(image):.2f} (1: none)")
+        return f"{self.output} ({width}x{height} px)"
 
 
 @dataclass
@@ -192,7 +208,7 @@ class Video:
     end: float | None = None
     """Second at which it ends. Default: with the video."""
     keyframes: int = 1
-    """Edit only every so manieth frame; those between follow by the source's optical flow (pip install
+    """Edit only one frame in so many; those between follow by the source's optical flow (pip install
     "csd-edit[flow]"). Less work and less flicker; but what no keyframe shows is recolored only."""
 
     def run(self) -> str:
@@ -207,20 +223,21 @@ class Video:
         if len(options.prompt) != 1:
             raise ValueError(f"a video takes one prompt, got {len(options.prompt)}.")
         prior = options.model.load(options.prompt)
-        resume = options.resume_file(self.output)
-        edited = edit_video(
-            clip,
-            prior,
-            options.prompt[0],
-            options.edit,
-            masks,
-            progress="editing",
-            resume=resume,
-            keyframes=self.keyframes,
-            scratch=scratch,
-        )
+        with options.resumable(self.output) as resume:
+            edited = edit_video(
+                clip,
+                prior,
+                options.prompt[0],
+                options.edit,
+                masks,
+                progress="editing",
+                resume=resume,
+                keyframes=self.keyframes,
+                scratch=scratch,
+            )
+            if ranks.rank() == 0:
+                write_clip(edited, self.output, progress="writing")
         if ranks.rank() == 0:
-            write_clip(edited, self.output, progress="writing")
             self._print_flicker(clip, read_clip(self.output), prior.device)
         return f"{self.output} ({len(edited.frames)} frames)"
 
@@ -275,25 +292,28 @@ class Generate:
 
         _check_image_output(self.output)
         options = self.options
-        resume = options.resume_file(self.output)
+        if options.model.source_prompt is not None:
+            raise ValueError("csd generate has no source; leave --source-prompt out.")
+        edits_images = f"the prior '{options.model.prior}' edits images; csd generate needs a text-to-image model."
+        if options.model.prior in EDITORS:
+            raise ValueError(edits_images)
         prior = options.model.load(options.prompt, default="sd")
         if not isinstance(prior, TextToImagePrior):
-            raise ValueError(
-                f"the prior '{options.model.prior}' edits images; csd generate needs a text-to-image model."
+            raise ValueError(edits_images)
+        with options.resumable(self.output) as resume:
+            image = generate(
+                prior,
+                options.prompt,
+                self.height,
+                self.width,
+                options.edit,
+                self.stride,
+                self.wrap,
+                progress="generating",
+                resume=resume,
             )
-        image = generate(
-            prior,
-            options.prompt,
-            self.height,
-            self.width,
-            options.edit,
-            self.stride,
-            self.wrap,
-            progress="generating",
-            resume=resume,
-        )
-        if ranks.rank() == 0:
-            write_image(image, self.output)
+            if ranks.rank() == 0:
+                write_image(image, self.output)
         return f"{self.output} ({image.shape[-1]}x{image.shape[-2]} px)"
 
 
@@ -363,7 +383,7 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Dem
     preset = peek.parse_known_args(arguments)[0].preset
     todo = tyro.MISSING
     options = Options(todo, edit=load_preset(preset))
-    generating = RunOptions(todo, edit=GENERATE if preset == "default" else load_preset(preset))
+    generating = RunOptions(todo, edit=load_preset(preset, GENERATE))
     command = tyro.cli(
         Annotated[Panorama, tyro.conf.subcommand("panorama", default=Panorama(todo, todo, options))]
         | Annotated[Video, tyro.conf.subcommand("video", default=Video(todo, todo, options))]
@@ -385,8 +405,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result = command.run()
             if ranks.rank() == 0:
                 print(f"wrote {result} in {time.monotonic() - start:.0f} s")
-    except KeyboardInterrupt:
-        print(f"{ranks.named('csd')}: interrupted; the same command with --resume goes on.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{ranks.named('csd')}: {'; '.join(['interrupted', *interrupt.args])}.", file=sys.stderr)
         sys.exit(130)
 
 

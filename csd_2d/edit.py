@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
@@ -80,7 +80,7 @@ class EditConfig:
     bandwidth_scale_together: float = 1000.0
     """Factor on the median bandwidth in the first phase. Large: all particles move as one."""
     bandwidth_scale: float | None = None
-    """Factor on the median bandwidth in the second phase. Default: 0.01, so small that each particle follows its own
+    """Factor on the median bandwidth in the second phase. None: 0.01, so small that each particle follows its own
     score; 10 where scores are moved to corresponding places."""
     normalize_rows: bool = True
     """Divide kernel rows by their sum, so that step size does not depend on the number of particles."""
@@ -135,11 +135,11 @@ def preset_names() -> list[str]:
     return ["default", *sorted(name.removesuffix(".yaml") for name in shipped if name.endswith(".yaml"))]
 
 
-def load_preset(name: str) -> EditConfig:
+def load_preset(name: str, defaults: EditConfig | None = None) -> EditConfig:
     """Settings by the name of a preset in `configs/`, or from a YAML file of one's own.
 
-    A preset holds only what differs from the defaults. `paper` is eq. 9 as the authors run it, without their scripts'
-    defects. What it says under `scene` is for the edit of a 3D scene, see `preset_of_scene`.
+    A preset holds only what differs from the defaults (`EditConfig()` if None). `paper` is eq. 9 as the authors run it,
+    without their scripts' defects. What it says under `scene` is for the edit of a 3D scene, see `preset_of_scene`.
 
     Raises:
         ValueError: if there is no such preset or file, or it holds an unknown setting or a value out of range.
@@ -151,7 +151,7 @@ def load_preset(name: str) -> EditConfig:
     settings = _read_preset(name)
     settings.pop("scene", None)
     try:
-        return EditConfig(**settings)
+        return replace(defaults or EditConfig(), **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"preset {name} cannot be used: {error}") from error
 
@@ -269,10 +269,12 @@ class EditRun:
         }
 
     def fingerprint(self) -> str:
-        """Tells edits apart by settings, prompts and sources."""
-        digest = hashlib.sha256(repr((self.config, self._prompts)).encode())
-        for source in ranks.source_digests(self.particles):
-            digest.update(source)
+        """Tells edits apart by settings, prompts and prior; not by what is edited."""
+        digest = hashlib.sha256(repr((self.config, self._prompts, self.guidance, type(self.prior).__name__)).encode())
+        # Models of one family differ in how they read a prompt; the analytic prior reads it as a list of functions.
+        for part in self._text if isinstance(self._text, tuple) else [self._text]:
+            if isinstance(part, Tensor):
+                digest.update(part.float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -369,14 +371,14 @@ class EditRun:
 
 
 class _ProgressFile:
-    """State of an edit between two steps, on disk: written twice a minute, so that no more than that is ever lost."""
+    """State of an edit on disk: written twice a minute, so that no more than that is ever lost, and at the end."""
 
     SECONDS = 30.0
 
     def __init__(self, path: Path, run: EditRun, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
         self.path, self._run, self._optimizer, self._scheduler = path, run, optimizer, scheduler
-        self._edit = run.fingerprint()
-        self._saved = time.monotonic()
+        self._edit = [run.fingerprint(), *ranks.digests(run.particles)]
+        self._step, self._saved = 0, time.monotonic()
 
     def load(self) -> int:
         """Restores what the file holds; returns the step to go on with, 0 if there is no file.
@@ -384,17 +386,17 @@ class _ProgressFile:
         Raises:
             ValueError: if the file is of another edit or cannot be read, or not all processes have it.
         """
-        step = self._read() if self.path.exists() else 0
-        if len({*ranks.of_each(step)}) > 1:
-            raise ValueError(f"{self.path} must lie where all processes can read it; here it is at step {step}.")
-        return step
+        self._step = self._read() if self.path.exists() else 0
+        if len({*ranks.of_each(self._step)}) > 1:
+            raise ValueError(f"{self.path} must lie where all processes can read it; here it is at step {self._step}.")
+        return self._step
 
     def _read(self) -> int:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             if state["edit"] != self._edit:
                 raise ValueError(
-                    f"{self.path} is of an edit with another prompt, other settings or other images; give what was "
+                    f"{self.path} is of an edit with another prompt, other settings, masks or images; give what was "
                     "given then, or delete it to begin anew."
                 )
             ranks.load_parameters(self._run.particles, state["parameters"])
@@ -406,18 +408,21 @@ class _ProgressFile:
         return state["step"]
 
     def step_done(self, step: int) -> None:
+        self._step = step + 1
         # The first process's clock counts.
-        if not ranks.of_each(time.monotonic() - self._saved >= self.SECONDS)[0]:
-            return
+        if ranks.of_each(time.monotonic() - self._saved >= self.SECONDS)[0]:
+            self.save()
+
+    def save(self) -> None:
         parameters = ranks.whole_parameters(self._run.particles)
         self._saved = time.monotonic()
         if ranks.rank() == 0:
-            self._write(step, parameters)
+            self._write(parameters)
 
-    def _write(self, step: int, parameters: list[Tensor]) -> None:
+    def _write(self, parameters: list[Tensor]) -> None:
         state = {
             "edit": self._edit,
-            "step": step + 1,
+            "step": self._step,
             "parameters": parameters,
             "run": self._run.state_dict(),
             "lr": self._optimizer.param_groups[0]["lr"],
@@ -425,10 +430,6 @@ class _ProgressFile:
         }
         with replacing(self.path) as temporary:
             torch.save(state, temporary)
-
-    def remove(self) -> None:
-        if ranks.rank() == 0:
-            self.path.unlink(missing_ok=True)
 
 
 def edit(
@@ -450,9 +451,9 @@ def edit(
         config: default `EditConfig()`.
         on_step: called after every step; the edit ends there if it returns True.
         progress: label of a progress bar with ETA; none if None.
-        resume: file that keeps the state of an edit that is interrupted, by Ctrl-C or by an error. Where it is there
-            the edit goes on from it, and ends as if it had never stopped; when the edit ends it is removed. The number
-            of processes may be another one then.
+        resume: file that keeps the state of the edit, should it be interrupted, by Ctrl-C or by an error. Where it is
+            there the edit goes on from it, and ends as if it had never stopped; the number of processes may be another
+            one then. It is written at the end, too, and for the caller to delete once the result is safe.
 
     Raises:
         ValueError: if a prompt is empty or unknown to the prior, or `resume` holds the state of another edit.
@@ -487,4 +488,4 @@ def edit(
         if on_step is not None and any(ranks.of_each(bool(on_step(info)))):
             break
     if progress_file is not None:
-        progress_file.remove()
+        progress_file.save()

@@ -9,7 +9,7 @@ import torch
 
 
 class NonFiniteError(ArithmeticError):
-    """Latents became NaN or infinite."""
+    """Latents or images became NaN or infinite."""
 
 
 @contextmanager

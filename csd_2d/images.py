@@ -28,8 +28,14 @@ SMALLEST = 8
 
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
-    """RGB in [0, 1]; transparency is put on white, a camera's rotation mark is obeyed."""
+    """RGB in [0, 1]; transparency is put on white, a camera's rotation mark is obeyed.
+
+    Raises:
+        ValueError: for numbers of no known range.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("an image of floating-point numbers has no known range; save it with 8 or 16 bits a channel.")
     if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip at 255
         grey = torch.from_numpy(np.array(image).astype(np.float32) / 65535)
         return grey.clamp(0, 1).expand(3, -1, -1).clone()
@@ -69,7 +75,7 @@ def read_image(path: Path) -> Float[Tensor, "3 H W"]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no image, is cut short, or a side is under 8 px.
+        ValueError: if it is no image, is cut short, a side is under 8 px, or as `to_tensor` raises.
     """
     with _opened(path) as image:
         return to_tensor(image)
@@ -102,8 +108,14 @@ def read_mask(path: Path, size: tuple[int, int], feather: float = 0.0) -> Float[
 
 
 def feathered(mask: Float[Tensor, "1 H W"], radius: float) -> Float[Tensor, "1 H W"]:
-    """A mask whose border falls off inwards over `radius` pixels: what was 0 stays exactly 0."""
-    if radius <= 0:
+    """A mask whose border falls off inwards over `radius` pixels: what was 0 stays exactly 0.
+
+    Raises:
+        ValueError: if the radius is not from 0 to 1000.
+    """
+    if not 0 <= radius <= 1000:
+        raise ValueError(f"feather must be from 0 to 1000 px, got {radius}.")
+    if radius == 0:
         return mask
     blurred = gaussian_blur(mask[None], deviation=radius / 2, reach=math.ceil(radius))[0]
     # Blurred, a straight border is at 1/2: the ramp begins there.
@@ -174,7 +186,8 @@ class ImageStack:
             raise ValueError("there must be one mask for each image, of its size.")
         self._prior, self._size = prior, common_size([image.shape[-2:] for image in images], prior.cell)
         self._shapes = [image.shape for image in images]
-        flows = FrameFlows([pad(image[None], *self._size)[0] for image in images], prior.cell) if follow else None
+        frames = [pad(image[None], *self._size)[0] for image in images] if follow else []
+        flows = FrameFlows(frames, prior.cell, prior.device) if follow else None
         held = ranks.held(len(images))
         mine = slice(held.start, held.stop)
         self._images, self._masks = images[mine], None if masks is None else masks[mine]
@@ -201,7 +214,8 @@ class ImageStack:
             out[:, : image.shape[-2], : image.shape[-1]] for out, image in zip(decoded, self._images, strict=True)
         ]
         if self._masks is not None:
-            edited = [torch.lerp(*rows) for rows in zip(self._images, edited, self._masks, strict=True)]
+            rows = zip(self._images, edited, self._masks, strict=True)
+            edited = [torch.lerp(image.cpu(), out, mask.cpu()) for image, out, mask in rows]
         return ranks.to_first(edited, self._shapes)
 
 

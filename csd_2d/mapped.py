@@ -23,14 +23,18 @@ class TensorFile:
     def __init__(self, folder: Path | None = None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._mapping: mmap.mmap | None = None
+        self._count = 0
 
     def append(self, values: Float[Tensor, "..."]) -> None:
         """Writes one more; before `map` only."""
+        self._count += 1
         self._shape, self._dtype = values.shape, values.dtype
         self._file.write(values.detach().cpu().contiguous().numpy().data)
 
     def map(self) -> Float[Tensor, "n ..."]:
         """All of them as one tensor, which is read from the file, and written to it, as it is used."""
+        if not self._shape.numel():  # what a model without a source image is conditioned on
+            return torch.empty(self._count, *self._shape, dtype=self._dtype)
         self._file.flush()
         self._mapping = mmap.mmap(self._file.fileno(), 0)
         return torch.frombuffer(self._mapping, dtype=self._dtype).view(-1, *self._shape)

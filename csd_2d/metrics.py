@@ -9,12 +9,17 @@ from torch import Tensor
 from csd_2d.flow import warp
 
 
+def decibels(error: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """PSNR of mean squared errors, for RGB in [0, 1]; ends at 120 dB."""
+    return -10 * error.clamp(min=1e-12).log10()
+
+
 def agreement(
     edited: Float[Tensor, "n 3 H W"], answers: Sequence[Float[Tensor, "n 3 H W"]]
 ) -> tuple[float, Float[Tensor, " n"]]:
     """Share of the images on the commonest answer, and the PSNR in dB of each to the answer it took.
 
-    An image takes the answer it is nearest to. PSNR is for RGB in [0, 1], and ends at 120 dB.
+    An image takes the answer it is nearest to.
 
     Example:
         >>> dark, light = torch.zeros(3, 3, 2, 2), torch.ones(3, 3, 2, 2)
@@ -24,17 +29,17 @@ def agreement(
     """
     errors = torch.stack([(answer - edited).square().flatten(1).mean(1) for answer in answers])
     error, answer = errors.min(0)
-    return answer.bincount().max().item() / len(edited), -10 * error.clamp(min=1e-12).log10()
+    return answer.bincount().max().item() / len(edited), decibels(error)
 
 
 def psnr(images: Tensor, references: Tensor) -> float:
-    """In dB, of the mean over all numbers, for RGB in [0, 1]; ends at 120 dB.
+    """PSNR in dB, of the mean over all numbers; see `decibels`.
 
     Example:
         >>> round(psnr(torch.full((3, 2, 2), 0.1), torch.zeros(3, 2, 2)))
         20
     """
-    return -10 * (images - references).square().mean().clamp(min=1e-12).log10().item()
+    return decibels((images - references).square().mean()).item()
 
 
 def warp_error(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.edit import EditConfig, Prompt, StepInfo, check_prompt, edit
-from csd_2d.images import cell_mask, pad, round_up
+from csd_2d.images import cell_mask, feathered, pad, round_up
 from csd_2d.particles import CanvasCrops
 from csd_2d.priors import Prior
 
@@ -26,15 +26,20 @@ def stripes(count: int, height: int, width: int) -> list[Float[Tensor, "1 height
 
 
 def compose(
-    regions: Sequence[Float[Tensor, "1 H W"]],
+    regions: Sequence[Float[Tensor, "1 H W"]], feather: float = 0.0
 ) -> tuple[Float[Tensor, "prompts H W"], Float[Tensor, "1 H W"]]:
     """Each region's share of every pixel, all together 1, and how much of the pixel they cover, in [0, 1].
 
     Where there is no region the shares are equal, and the pixel is not covered.
+
+    Args:
+        feather: width in pixels over which what they cover together falls off, see `feathered`.
     """
     stacked = torch.cat(list(regions))
     total = stacked.sum(0, keepdim=True)
-    return torch.where(total > 0, stacked / total.clamp(min=1e-6), 1 / len(stacked)), total.clamp(max=1)
+    return torch.where(total > 0, stacked / total.clamp(min=1e-6), 1 / len(stacked)), feathered(
+        total.clamp(max=1), feather
+    )
 
 
 def check_wrap(width: int, prior: Prior) -> None:
@@ -68,6 +73,7 @@ class PanoramaCanvas:
         mask: what may change, in [0, 1]; where 0 the image stays bit for bit. Default: all.
         regions: one mask for each of several prompts, in [0, 1]; where they overlap they share, where there is none the
             image stays. Default: vertical stripes of one width.
+        feather: width in pixels over which the border of all regions together falls off, inwards.
         blend_regions, wrap, fade: see `CanvasCrops`; `wrap` is for 360 degree images.
 
     Raises:
@@ -84,12 +90,14 @@ class PanoramaCanvas:
         stride: int | None = None,
         mask: Float[Tensor, "1 H W"] | None = None,
         regions: Sequence[Float[Tensor, "1 H W"]] | None = None,
+        feather: float = 0.0,
         blend_regions: bool = False,
         wrap: bool = False,
         fade: bool = True,
     ) -> None:
         height, width = image.shape[-2:]
-        regions = stripes(prompts, height, width) if regions is None else regions
+        image, mask = image.cpu(), None if mask is None else mask.cpu()
+        regions = stripes(prompts, height, width) if regions is None else [region.cpu() for region in regions]
         if len(regions) != prompts:
             raise ValueError(f"there must be one region for each prompt, got {len(regions)} for {prompts}.")
         for name, picture in [("mask", mask), *(("regions", region) for region in regions)]:
@@ -100,7 +108,7 @@ class PanoramaCanvas:
         smallest = prior.window * prior.cell
         if wrap:
             check_wrap(width, prior)
-        shares, covered = compose(regions)
+        shares, covered = compose(regions, feather)
         if not bool((covered == 1).all()):
             mask = covered if mask is None else mask * covered
         self._image, self._prior, self._mask = image, prior, mask

@@ -263,7 +263,7 @@ class CanvasCrops:
         """How many of some crops cover each cell."""
         total = torch.zeros_like(self._source[:, :1])
         for y, x in (self.corners[i] for i in indices):
-            total[..., y : y + self.window, x : x + self.window] += 1
+            total[..., y : y + self.window, torch.arange(x, x + self.window) % total.shape[-1]] += 1
         return total
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:

@@ -172,14 +172,25 @@ def numbers(particles: Particles) -> int:
     return particles.source([particles.held[0] if isinstance(particles, LatentStack) else 0]).numel()
 
 
-def source_digests(particles: Particles) -> list[bytes]:
-    """Of each particle's source; of a canvas that of its first grid of crops."""
-    indices = particles.held if isinstance(particles, LatentStack) else particles.rounds()[0]
-    digests = [hashlib.sha256(particles.source([index]).cpu().numpy().tobytes()).digest() for index in indices]
+def digests(particles: Particles) -> list[bytes]:
+    """What tells one set of particles from another before any edit: of each image, or each grid of crops."""
+    sets = [[index] for index in particles.held] if isinstance(particles, LatentStack) else particles.rounds()
+    digests = [_digest(particles, indices) for indices in sets]
     if is_shared_out(particles):
         mine = torch.tensor([[*digest] for digest in digests])
         digests = _gather(mine, [share(len(particles), rank) for rank in range(size())]).tolist()
     return [bytes(digest) for digest in digests]
+
+
+def _digest(particles: Particles, indices: Sequence[int]) -> bytes:
+    """Of what they show, which prompts apply where, and, by the gradient, what of them may change and how much."""
+    shown = particles.render(indices).sum()
+    changing = torch.autograd.grad(shown, list(particles.parameters()), allow_unused=True)
+    digest = hashlib.sha256()
+    for values in (particles.source(indices), particles.shares(indices), *changing):
+        if values is not None:
+            digest.update(values.cpu().numpy().tobytes())
+    return digest.digest()
 
 
 def whole_parameters(particles: Particles) -> list[Tensor]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.flow import optical_flow, visible, warp
+from csd_2d.metrics import warp_error
 
 Image = Float[Tensor, "3 H W"]
 ALIKE = 0.04
@@ -17,7 +18,7 @@ ALIKE = 0.04
 
 
 def key_indices(count: int, every: int) -> list[int]:
-    """Every so manieth of some frames, and the last.
+    """One in so many of some frames, and the last.
 
     Example:
         >>> key_indices(8, 3), key_indices(7, 3)
@@ -100,9 +101,8 @@ def flicker(
 ) -> tuple[float, float]:
     """How much frames differ from the next ones where they show the same: in the source, and after an edit.
 
-    The warp error, sqrt(mean |f_k(p) - f_{k+1}(p + flow(p))|^2) over the pixels that both frames show, with flow and
-    visibility from the source alone (Lai et al., "Learning Blind Video Temporal Consistency", ECCV 2018, section 5),
-    in grey levels of 255.
+    The root of `csd_2d.metrics.warp_error` over all pairs, with flow and visibility from the source alone, in grey
+    levels of 255.
 
     Args:
         count: how many frames there are, at least 2.
@@ -117,11 +117,12 @@ def flicker(
         scale = min(1.0, longest_side / max(height, width))
         size = (max(1, round(scale * height)), max(1, round(scale * width)))
         frames = torch.stack([a, b, *after]).to(device)
-        a, b, edited_a, edited_b = F.interpolate(frames, size, mode="bilinear", antialias=True)
-        flow = optical_flow(a, b)
-        seen = visible(flow, optical_flow(b, a))
-        for row, (now, later) in enumerate(((a, b), (edited_a, edited_b))):
-            errors[row] += (seen * (now - warp(later, flow)).square()).sum().item()
-        pixels += 3 * seen.sum().item()
+        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+        flow = optical_flow(frames[0], frames[1])
+        seen = visible(flow, optical_flow(frames[1], frames[0]))
+        shown = seen.sum().item()
+        for row, pair in enumerate((frames[:2], frames[2:])):
+            errors[row] += shown * warp_error(pair, flow[None], seen[None])
+        pixels += shown
     before, after = (255 * (errors / max(pixels, 1)).sqrt()).tolist()
     return before, after

@@ -37,17 +37,18 @@ class FrameFlows:
     Args:
         frames: the unedited frames, of one size in whole cells, RGB in [0, 1].
         cell: pixels per latent cell along one side.
+        device: where flow is estimated. What is kept of it is on the CPU.
     """
 
     REACH = 12
 
-    def __init__(self, frames: Sequence[Float[Tensor, "3 H W"]], cell: int) -> None:
-        self._frames, self._cell = frames, cell
+    def __init__(self, frames: Sequence[Float[Tensor, "3 H W"]], cell: int, device: str | torch.device = "cpu") -> None:
+        self._frames, self._cell, self._device = frames, cell, device
         self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def flow(self, a: int, b: int) -> Float[Tensor, "2 H W"]:
         """From frame a to frame b, in pixels."""
-        return optical_flow(self._frames[a], self._frames[b])
+        return optical_flow(*(self._frames[index].to(self._device) for index in (a, b)))
 
     def between(self, a: int, b: int) -> tuple[Float[Tensor, "2 h w"], Float[Tensor, "1 h w"]]:
         """Flow from frame a to frame b in latent cells, and which part of each cell of a is visible in b."""
@@ -58,7 +59,7 @@ class FrameFlows:
         return self._known[a, b]
 
     def _in_cells(self, forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = F.avg_pool2d(torch.cat([forward, visible(forward, backward)]), self._cell)
+        pooled = F.avg_pool2d(torch.cat([forward, visible(forward, backward)]), self._cell).cpu()
         return pooled[:2] / self._cell, pooled[2:]
 
     def transport(self, indices: Sequence[int]) -> Transport:

@@ -123,7 +123,7 @@ def edit_video(
 
     Args:
         masks, config, on_step, progress, resume: see `csd_2d.images.edit_images`.
-        keyframes: edit only every so manieth frame, and the last; those between follow the source's optical flow. See
+        keyframes: edit only one frame in so many, and the last; those between follow the source's optical flow. See
             `csd_2d.temporal.propagate`.
         scratch: folder for the files of the latents; they have no name and vanish by themselves. Default: the system's.
 
@@ -148,7 +148,8 @@ def edit_video(
     flows = None
     if config is not None and config.transport != "off":
         keyed = {*keys}
-        flows = FrameFlows([pad(f[None], *size)[0] for i, f in enumerate(clip.frames) if i in keyed], prior.cell)
+        frames = [pad(frame[None], *size)[0] for index, frame in enumerate(clip.frames) if index in keyed]
+        flows = FrameFlows(frames, prior.cell, prior.device)
     stack = _encoded(clip.frames, masks, keys, prior, size, progress, scratch, flows)
     edit(stack, prior, prompt, config, on_step, progress, resume)
     gathered = _gathered(stack)
@@ -288,7 +289,7 @@ def _decode(path: Path, start: float, end: float | None) -> Iterator[tuple[Fract
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ValueError(f"{path} holds no video.")
+                raise ValueError(f"{path} holds no video, or one that was cut short.")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             between = 1 / (stream.average_rate or Clip.rate)
@@ -344,7 +345,7 @@ def _image_files(folder: Path) -> list[Path]:
     """In natural order: 2.png before 10.png."""
     known = Image.registered_extensions()
     return sorted(
-        (file for file in folder.iterdir() if file.suffix.lower() in known),
+        (file for file in folder.iterdir() if file.suffix.lower() in known and not file.name.startswith(".")),
         key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)],
     )
 

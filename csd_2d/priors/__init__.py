@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "timbrooks/instruct-pix2pix"
 DEFAULT_TEXT_TO_IMAGE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+EDITORS = ("tiny", "analytic", "ip2p")
+"""Names of priors that edit an image; a folder or hub id may be another, and of either kind."""
 
 
 class Prior(Protocol):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from csd_2d.csd import Branch
+from csd_2d.errors import NonFiniteError
 from csd_2d.priors.schedules import Schedule
 from csd_2d.tiles import in_tiles
 
@@ -63,7 +64,7 @@ def _reading(model: str | Path, kind: str, local_files_only: bool) -> Iterator[b
             tried = f"model '{model}' could be neither downloaded from the Hugging Face hub nor found in its cache"
         raise OSError(
             f"{tried} ({_reason(refusal or error)}); give a folder saved by diffusers' save_pretrained, "
-            "or use --prior analytic, which needs no weights."
+            "to edit, --prior tiny ships with csd."
         ) from error
 
 
@@ -267,20 +268,31 @@ class DiffusersPrior(ABC):
         """Mode of the VAE's posterior, shifted and scaled by its factors. Differentiable with respect to the images.
 
         Images larger than `window` are encoded in overlapping tiles.
+
+        Raises:
+            NonFiniteError: if the VAE overflows, as some do in float16.
         """
         pixels = (2 * images - 1).to(self.vae.dtype)
         tile = self.window * self.cell // self._vae_cell
         with self._loaded(self.vae):
             mode = in_tiles(lambda part: self.vae.encode(part).latent_dist.mode(), pixels, tile, (self._vae_cell, 1))
-        return self.scaling_factor * (mode.to(torch.promote_types(images.dtype, torch.float32)) - self._shift)
+        latents = mode.to(torch.promote_types(images.dtype, torch.float32))
+        return self.scaling_factor * (self._finite(latents) - self._shift)
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
-        """Images of latents, clamped to [0, 1]."""
+        """Images of latents, clamped to [0, 1]. Raises as `encode`."""
         scaled = (latents / self.scaling_factor + self._shift).to(self.vae.dtype)
         tile = self.window * self.cell // self._vae_cell
         with self._loaded(self.vae):
             pixels = in_tiles(lambda part: self.vae.decode(part).sample, scaled, tile, (1, self._vae_cell))
-        return (pixels.to(torch.promote_types(latents.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
+        pixels = pixels.to(torch.promote_types(latents.dtype, torch.float32))
+        return (self._finite(pixels) / 2 + 0.5).clamp(0, 1)
+
+    def _finite(self, values: Tensor) -> Tensor:
+        # A clamped NaN would be written as black.
+        if not values.isfinite().all():
+            raise NonFiniteError(f"the model's autoencoder overflows in {self.vae.dtype}; use float32 or bfloat16.")
+        return values
 
     def alpha_sigma(self, timestep: int) -> tuple[float, float]:
         return self.schedule.alpha_sigma(timestep)

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from csd_2d.errors import one_sentence
 from csd_2d.files import replacing
 from csd_2d.images import IMAGE_SUFFIXES, read_image, write_image
+from csd_2d.metrics import decibels
 from csd_2d.tiny import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, MODEL
 from csd_2d.tiny.instructions import INSTRUCTIONS
 from csd_2d.tiny.scenes import OBJECTS, Scenes, held_out
@@ -77,7 +78,7 @@ def cut_outs(folders: Sequence[Path], count: int, size: int) -> Float[Tensor, "c
 
 def _psnr(images: Tensor, references: Tensor) -> Tensor:
     """In dB, of each image."""
-    return -10 * (images - references).square().flatten(1).mean(1).clamp(min=1e-12).log10()
+    return decibels((images - references).square().flatten(1).mean(1))
 
 
 def measure_deterministic(
@@ -159,7 +160,7 @@ def run_report(config: ReportConfig) -> dict:
     start = time.monotonic()
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(str(config.model), local_files_only=True)
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    # Objects are in every second scene.
+    # So many that each object is in enough of them.
     subjects = {"held_out_scenes": held_out(4 * config.count, size)}
     if config.photos:
         nothing = torch.zeros(config.count, 1, size, size)

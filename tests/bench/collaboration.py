@@ -144,7 +144,8 @@ def _sampled(picture: Tensor, place: Tensor) -> Tensor:
 
 def _edit_frames(flows: FrameFlows, frames: Tensor, prior: Prior, prompt: str, config: EditConfig) -> dict[str, float]:
     with torch.no_grad():
-        particles = LatentStack(prior.encode(frames), prior.condition(frames), transport=flows.transport)
+        source = prior.encode(frames)
+        particles = LatentStack(source, prior.condition(source), transport=flows.transport)
     edit(particles, prior, prompt, config)
     with torch.no_grad():
         edited = prior.decode(particles.latents)

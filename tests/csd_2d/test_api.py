@@ -102,6 +102,9 @@ def test_scales_override_the_settings(panorama):
     [
         (np.zeros((3, 8, 8)), "pil", r"an image must be a PIL image, .* got ndarray \(3, 8, 8\)"),
         ("river.jpg", "pil", "got str"),
+        (np.full((8, 8, 3), 200.0), "pil", r"must be in \[0, 1\], or uint8 in an array; got torch.float64 from 200"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), "pil", r"must be in \[0, 1\], or uint8 in an array"),
+        (torch.full((3, 8, 8), torch.nan), "pil", "from nan to nan"),
         (picture(), "jpg", "output_type must be one of pil, np, pt, latent; got 'jpg'"),
     ],
 )

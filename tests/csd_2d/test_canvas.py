@@ -1,17 +1,13 @@
 """The canvas of a panorama: grids, borders that meet, regions of several prompts, tiles of an autoencoder."""
 
 import itertools
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from csd_2d import CanvasCrops, EditConfig, LatentStack, edit, edit_residual, load_prior
+from csd_2d import CanvasCrops, EditConfig, edit, edit_residual, load_prior
 from csd_2d.cli import main
-from csd_2d.edit import _ProgressFile
 from csd_2d.images import read_image, write_image
 from csd_2d.panorama import compose, edit_panorama, stripes
 from csd_2d.priors.analytic import AnalyticPrior
@@ -92,6 +88,14 @@ def test_crops_reach_over_the_border_of_a_circle():
     first = crops.corners[over][1]
     for crop in (crops.render([over]), crops.source([over]), crops.condition([over])):
         assert crop[0, 0, 0].tolist() == [(first + i) % 40 for i in range(16)]
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_crops_that_count_alike_move_every_cell_they_cover_by_one(wrap):
+    canvas = torch.zeros(1, 1, 8, 24)
+    crops = CanvasCrops(canvas, canvas, 8, 6, wrap=wrap, fade=False)
+    (moved,) = torch.autograd.grad(crops.render(crops.rounds()[0]).sum(), crops.canvas)
+    torch.testing.assert_close(moved, torch.ones_like(canvas))
 
 
 def test_a_wrapped_edit_does_not_know_where_the_picture_begins():
@@ -177,13 +181,20 @@ def test_regions_that_do_not_fit(regions, message):
         edit_panorama(smooth(16, 32), SmallWindow(), ["make it night", "make it sepia"], regions=regions)
 
 
+def test_the_border_of_all_regions_together_is_soft_and_borders_between_them_are_not():
+    left, right = torch.zeros(2, 1, 8, 40)
+    left[..., 4:20], right[..., 20:] = 1, 1
+    covered = compose([left, right], feather=4)[1][0, 4]
+    assert (covered[:4] == 0).all() and 0 < covered[4] < 0.5 and (covered[12:] == 1).all()
+
+
 def test_regions_from_the_command_line(tmp_path):
     image, region = smooth(16, 64), torch.zeros(3, 16, 64)
     region[..., :32] = 1
     paths = [tmp_path / name for name in ("in.png", "left.png", "right.png", "out.png")]
     for path, picture in zip(paths, (image, region, 1 - region), strict=False):
         write_image(picture, path)
-    options = ["--prior", "analytic", "--steps", "40", "--blend-regions", "--feather", "0"]
+    options = ["--prior", "analytic", "--steps", "40", "--blend-regions"]
     arguments = ["--prompt", "make it night", "invert the colors", "--regions", str(paths[1]), str(paths[2])]
     main(["panorama", str(paths[0]), str(paths[3]), *arguments, *options])
     expected = torch.cat([answer("make it night", image)[..., :32], 1 - image[..., 32:]], -1)
@@ -208,92 +219,6 @@ def test_tiles_that_differ_fade_into_each_other():
     row = blended[0, 0, 0]
     assert row[0] == 0 and row[-1] == 2
     assert (row.diff() >= 0).all() and row.diff().max() < 0.6
-
-
-# Going on
-
-
-def stack(count: int = 9) -> LatentStack:
-    latents = 2 * torch.stack([smooth(6, 6, seed) for seed in range(count)]) - 1
-    return LatentStack(latents, latents)
-
-
-@pytest.mark.parametrize("stopped_after", [1, 10, 29])
-def test_a_resumed_edit_ends_in_the_same_bits(tmp_path, monkeypatch, stopped_after):
-    monkeypatch.setattr(_ProgressFile, "SECONDS", 0)
-    prior, config = AnalyticPrior(), EditConfig(steps=30, batch=4)
-    whole = stack()
-    edit(whole, prior, "paint it a new color", config)
-
-    class Killed(Exception):
-        pass
-
-    def stop(info):
-        if info.step + 1 == stopped_after:
-            raise Killed
-
-    file = tmp_path / "state"
-    with pytest.raises(Killed):
-        edit(stack(), prior, "paint it a new color", config, on_step=stop, resume=file)
-    resumed, steps = stack(), []
-    edit(resumed, prior, "paint it a new color", config, on_step=lambda info: steps.append(info.step), resume=file)
-    assert steps == list(range(stopped_after, 30))
-    assert torch.equal(resumed.latents, whole.latents)
-    assert not file.exists()
-
-
-def test_states_of_other_edits_and_broken_ones_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(_ProgressFile, "SECONDS", 0)
-    file = tmp_path / "state"
-
-    def interrupt(info):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        edit(stack(), AnalyticPrior(), "make it night", EditConfig(steps=5), on_step=interrupt, resume=file)
-    for prompt, config in [("make it sepia", EditConfig(steps=5)), ("make it night", EditConfig(steps=5, lr=0.5))]:
-        with pytest.raises(ValueError, match="another prompt, other settings or other images"):
-            edit(stack(), AnalyticPrior(), prompt, config, resume=file)
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read as the state of an edit; delete it"):
-        edit(stack(), AnalyticPrior(), "make it night", EditConfig(steps=5), resume=file)
-
-
-def test_an_edit_can_be_ended_early():
-    particles, steps = stack(), []
-
-    def third(info):
-        steps.append(info.step)
-        return info.step == 2
-
-    edit(particles, AnalyticPrior(), "make it night", EditConfig(steps=30), on_step=third)
-    assert steps == [0, 1, 2]
-
-
-def test_ctrl_c_on_the_command_line_and_resume(tmp_path):
-    image, output = tmp_path / "in.png", tmp_path / "out.png"
-    write_image(smooth(64, 400), image)
-    arguments = ["panorama", str(image), str(output), "--prompt", "make it night", "--prior", "analytic"]
-    arguments += ["--steps", "400"]
-    start = (
-        "import sys; from csd_2d.edit import _ProgressFile; _ProgressFile.SECONDS = 0.2;"
-        "from csd_2d.cli import main; main(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", start, *arguments]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    state = tmp_path / "out.png.unfinished"
-    while not state.exists():
-        assert running.poll() is None
-    running.send_signal(signal.SIGINT)
-    assert "interrupted; the same command with --resume goes on" in running.communicate()[1]
-    assert running.returncode == 130 and not output.exists()
-    resumed = subprocess.run([*command, "--resume"], stderr=subprocess.PIPE, text=True, check=True)
-    assert " 0/400" not in resumed.stderr and "400/400" in resumed.stderr
-    assert not state.exists()
-    main([*arguments[:2], str(tmp_path / "whole.png"), *arguments[3:]])
-    assert torch.equal(read_image(output), read_image(tmp_path / "whole.png"))
-    with pytest.raises(SystemExit, match="nothing to resume"):
-        main([*arguments, "--resume"])
 
 
 def test_residuals_know_prompts_of_the_learned_model():

@@ -54,7 +54,7 @@ def test_presets_set_defaults_and_options_override_them(picture, capsys):
     assert night_error(read_image(picture / "out.png"), read_image(picture / "in.png")) < 0.01
 
 
-@pytest.mark.parametrize("command", [[], ["panorama"], ["video"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["panorama"], ["video"], ["generate"], ["demo"]])
 def test_help_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])
@@ -83,6 +83,11 @@ def errors(folder):
         "must be a folder, or end in": ["video", str(folder / "in.mp4"), str(folder / "out.gif"), *NIGHT],
         "cannot be written": ["panorama", picture, str(folder / "in.png" / "out.png"), *NIGHT],
         "is not empty": ["video", str(folder / "in.mp4"), str(folder), *NIGHT],
+        "diffusers offers no choice": [
+            *["panorama", picture, out, "--prompt", "make it night", "--prior", "tiny", "--attention", "flash"]
+        ],
+        "feather must be from 0": ["panorama", picture, out, *NIGHT, "--mask", picture, "--feather", "nan"],
+        "takes no source prompt": ["panorama", picture, out, *NIGHT, "--source-prompt", "a river"],
         "device 'tpu9' cannot be used": ["panorama", picture, out, *NIGHT, "--device", "tpu9"],
     }
 
@@ -102,18 +107,6 @@ def test_a_missing_option_is_named(picture, capsys):
         main(["panorama", str(picture / "in.png"), str(picture / "out.png")])
     assert exit_.value.code == 2
     assert "--prompt" in capsys.readouterr().err
-
-
-def test_interrupting_writes_nothing(picture, monkeypatch, capsys):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("csd_2d.panorama.edit", interrupt)
-    with pytest.raises(SystemExit) as exit_:
-        main(["panorama", str(picture / "in.png"), str(picture / "out.png"), *NIGHT])
-    assert exit_.value.code == 130
-    assert "interrupted" in capsys.readouterr().err
-    assert not (picture / "out.png").exists()
 
 
 def test_importing_the_package_and_running_the_analytic_prior_loads_no_heavy_library():

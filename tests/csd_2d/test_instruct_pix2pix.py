@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
 from torch import Tensor
 
 from csd_2d import EditConfig, LatentStack, edit, edit_residual, load_prior
+from csd_2d.errors import NonFiniteError
 from csd_2d.images import edit_images
 from csd_2d.priors import diffusers_model
 from csd_2d.priors.analytic import AnalyticPrior
@@ -251,6 +252,18 @@ def recorded(function, note):
     return call
 
 
+def test_an_autoencoder_that_overflows_is_named(tiny_pipeline_folder):
+    prior = load_prior(str(tiny_pipeline_folder))
+    images = torch.rand(1, 3, 16, 16)
+    latents = prior.encode(images)
+    with torch.no_grad():
+        for convolution in (prior.vae.encoder.conv_in, prior.vae.decoder.conv_in):
+            convolution.bias.fill_(float("inf"))
+    for code, values in ((prior.encode, images), (prior.decode, latents)):
+        with pytest.raises(NonFiniteError, match=r"autoencoder overflows in torch\.float32; use float32 or bfloat16"):
+            code(values)
+
+
 def test_v_prediction_is_converted_to_noise():
     prior = InstructPix2PixPrior(tiny_pipeline(prediction_type="v_prediction"))
     x_0, noise = randn(1, 4, 16, 16), randn(1, 4, 16, 16, seed=1)
@@ -379,7 +392,7 @@ def test_damaged_folder(tiny_pipeline_folder, tmp_path, damage):
 
 def assert_one_sentence_with_ways_out(message: str, tried: str) -> None:
     assert tried in message
-    assert "--prior analytic" in message and "a folder" in message
+    assert "--prior tiny" in message and "a folder" in message
     assert "\n" not in message and message.endswith(".")
 
 

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from csd_2d import EditConfig, LatentStack, edit, edit_residual
 from csd_2d.csd import guidance_weights
+from csd_2d.images import edit_images
 from csd_2d.panorama import edit_panorama
 from csd_2d.priors.text_to_image import TextToImagePrior, TextToImageXLPrior
+from csd_2d.video import Clip, edit_video
 from tests.tiny_pipeline import TOKENS, tiny_pipeline, tiny_text_to_image, tiny_text_to_image_xl
 
 SOURCE, TARGET, OTHER = "a river by day", "a river by night", "a river in fog"
@@ -39,6 +41,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def images(n: int = 1, height: int = 64, width: int = 48) -> Tensor:
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_frames_of_a_video_are_edited(prior):
+    clip = Clip(list(images(3)))
+    edited = edit_video(clip, prior, TARGET, EditConfig(steps=2))
+    together = edit_images(clip.frames, prior, TARGET, EditConfig(steps=2))
+    assert all(torch.equal(*pair) for pair in zip(edited.frames, together, strict=True))
+    assert not torch.equal(together[0], prior.decode(prior.encode(images()))[0])
 
 
 @pytest.mark.parametrize("scale", [7.5, 3.0])

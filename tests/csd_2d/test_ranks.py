@@ -76,7 +76,6 @@ def test_a_process_that_is_lost_ends_the_others_and_leaves_what_was_finished(tmp
     assert steps == list(range(5, 12))
     # Sums over other numbers of processes round differently, and a step builds on the ones before.
     torch.testing.assert_close(resumed.latents, whole.latents, atol=1e-5, rtol=0)
-    assert not file.exists()
 
 
 @pytest.mark.parametrize("particles", [frames_stack, long_canvas])
@@ -98,7 +97,6 @@ def test_what_one_process_began_several_end(tmp_path, particles):
     assert result["steps"] == list(range(4, 12))
     expected = [parameter.detach() for parameter in whole.parameters()]
     torch.testing.assert_close(result["latents"], expected, atol=1e-5, rtol=0)
-    assert not file.exists()
 
 
 @pytest.mark.parametrize(

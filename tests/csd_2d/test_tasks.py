@@ -102,6 +102,7 @@ def test_a_folder_of_frames_is_read_in_natural_order_and_keeps_its_names(tmp_pat
     for i in (10, 2, 1):
         write_image(torch.full((3, 8, 8), i / 20), tmp_path / "in" / f"{i}.png")
     (tmp_path / "in" / "notes.txt").write_text("not a frame")
+    (tmp_path / "in" / "._1.png").write_bytes(b"what macOS leaves beside a file")
     clip = read_clip(tmp_path / "in")
     assert clip.names == ["1", "2", "10"]
     edited = edit_video(clip, load_prior("analytic"), "invert the colors", EditConfig(steps=40))
@@ -210,6 +211,12 @@ def test_deep_grey_images_and_rotation_marks_are_read_as_meant(tmp_path):
     exif[0x0112] = 6  # orientation: turn 90 degrees clockwise
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (3, 20, 10)
+
+
+def test_numbers_of_no_known_range_are_refused(tmp_path):
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="floating-point numbers has no known range"):
+        read_image(tmp_path / "float.tif")
 
 
 def test_transparency_is_put_on_white(tmp_path):
