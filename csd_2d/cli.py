@@ -104,19 +104,18 @@ class RunOptions:
             ValueError: if there is nothing to go on with.
         """
         path = output.with_name(output.name + ".unfinished")
-        first = ranks.rank() == 0
         if self.resume and not path.exists():
             raise ValueError(f"nothing to resume: there is no {path}.")
-        if not self.resume and first and path.exists():
+        if not self.resume and path.exists():
             print(f"csd: beginning anew, without --resume; {path} of an interrupted edit is deleted.", file=sys.stderr)
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have come first
         try:
             yield path
         except KeyboardInterrupt as error:
             if path.exists():  # it is first written after half a minute
                 raise KeyboardInterrupt("the same command with --resume goes on") from error
             raise
-        if first:
+        if ranks.rank() == 0:
             path.unlink(missing_ok=True)
 
 

@@ -37,9 +37,8 @@ def compose(
     """
     stacked = torch.cat(list(regions))
     total = stacked.sum(0, keepdim=True)
-    return torch.where(total > 0, stacked / total.clamp(min=1e-6), 1 / len(stacked)), feathered(
-        total.clamp(max=1), feather
-    )
+    shares = torch.where(total > 0, stacked / total.clamp(min=1e-6), 1 / len(stacked))
+    return shares, feathered(total.clamp(max=1), feather)
 
 
 def check_wrap(width: int, prior: Prior) -> None:
