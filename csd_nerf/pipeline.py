@@ -91,6 +91,12 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
             raise ValueError(f"{' and '.join(local)} cannot be used {'together' if len(local) > 1 else 'in distill'}.")
         if self.mode == "distill" and getattr(self.model, "stop_split_at", 0):
             raise ValueError("Gaussians cannot be split in distill; leave --pipeline.model.stop-split-at at 0.")
+        if getattr(self.datamanager, "train_cameras_sampling_strategy", "random") != "random":
+            raise ValueError("leave --pipeline.datamanager.train-cameras-sampling-strategy at random for an edit.")
+        if getattr(self.model, "use_proposal_weight_anneal", False):
+            raise ValueError("use_proposal_weight_anneal would flatten the proposal weights of a trained scene.")
+        if self.edit.transport != "off":
+            raise ValueError("transport is for videos and panoramas; leave --pipeline.edit.transport at off.")
         if self.masks is not None and not self.masks.is_dir():
             raise ValueError(f"masks must be a folder, there is none at {self.masks}.")
         for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1), ("film_frames", 0)):

@@ -69,11 +69,13 @@ class SplatModel(OfflineLpips, SplatfactoModel):
 
     def load_state_dict(self, dict: dict[str, Tensor], **kwargs: Any) -> None:  # type: ignore[override]
         parameters = [*self.gauss_params.items()]
-        super().load_state_dict(dict, **kwargs)
-        # Those that splatfacto made, of the checkpoint's size, are unknown to optimisers, which are built before.
-        for name, parameter in parameters:
-            parameter.data = self.gauss_params[name].data
-            self.gauss_params[name] = parameter
+        try:
+            super().load_state_dict(dict, **kwargs)
+        finally:  # also if it is strict and fails: the pipeline then tries again
+            # Those that splatfacto made, of the checkpoint's size, are unknown to optimisers, which are built before.
+            for name, parameter in parameters:
+                parameter.data = self.gauss_params[name].data
+                self.gauss_params[name] = parameter
 
     def step_cb(self, optimizers: Optimizers, step: int) -> None:
         super().step_cb(optimizers, LEARNED + step)
@@ -175,4 +177,7 @@ class SplatViews(TrainingViews):
         data = self._datamanager
         data.train_unseen_cameras = state["unseen"]
         data.random_generator.setstate(state["draw"])
-        self._model.strategy_state = state["densification"]
+        self._model.strategy_state = {
+            name: value.to(self._model.device) if isinstance(value, Tensor) else value
+            for name, value in state["densification"].items()
+        }

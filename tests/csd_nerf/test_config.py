@@ -72,6 +72,20 @@ def test_gaussians_are_split_on_demand_and_not_in_distill(capsys):
 
 
 @pytest.mark.parametrize(
+    ("config", "args", "message"),
+    [
+        (csd_edit_splat.config, ["--pipeline.datamanager.train-cameras-sampling-strategy", "fps"], "at random"),
+        (csd_edit.config, ["--pipeline.edit.transport", "both"], "transport is for videos and panoramas"),
+        (csd_edit.config, ["--pipeline.model.use-proposal-weight-anneal"], "flatten the proposal weights"),
+    ],
+)
+def test_options_that_cannot_be_in_an_edit(config, args, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(*args, config=config)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--pipeline.edit.steps", "0"], "steps must be a whole number from 1"),
