@@ -51,6 +51,7 @@ class DatasetUpdate:
         load_prior: Callable[[], Prior],
         prompt: str,
         edit: EditConfig,
+        *,
         views_per_round: int,
         selection: Selection,
         folder: Path,
@@ -107,7 +108,7 @@ class DatasetUpdate:
         if self._prior is None:
             self._prior = self._load_prior()
         cost = Cost()
-        with cost.counted():
+        with cost.counted(self._prior.device):
             edited = self._edit_together(number, drawn, label)
         with replacing(folder) as unfinished:
             for index, image in zip(drawn, edited, strict=True):

@@ -291,10 +291,16 @@ class EditTrainer(SceneTrainer):
         finally:
             self.config.max_num_iterations = total
 
+    def _train_complete_viewer(self) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # how it is left, with nothing to go on with
+            super()._train_complete_viewer()
+
     def train_iteration(self, step: int) -> Any:
-        with self.pipeline.training_cost.counted(), self.pipeline.advising_on_memory():
+        device = self.pipeline.device
+        with self.pipeline.training_cost.counted(device), self.pipeline.advising_on_memory():
             result = super().train_iteration(step)
-        if not bool(result[0].isfinite()):
+            finite = bool(result[0].isfinite())  # here, for a GPU is waited for
+        if not finite:
             raise NonFiniteError(f"the loss is not finite at step {step}; {self._way_back()}")
         return result
 

@@ -32,13 +32,6 @@ def test_viewer_listens_on_loopback_and_nothing_is_sent_to_wandb(specification):
     assert specification.config.vis == "viewer"
 
 
-@pytest.mark.parametrize("specification", [csd_edit, csd_edit_tiny])
-def test_poses_and_anneal_are_off_when_editing(specification):
-    model = specification.config.pipeline.model
-    assert model.camera_optimizer.mode == "off"
-    assert not model.use_proposal_weight_anneal
-
-
 def test_entry_point_does_not_load_a_diffusion_model():
     code = "import csd_nerf.config, sys; print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

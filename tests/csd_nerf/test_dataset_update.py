@@ -47,7 +47,8 @@ class FakeViews:
 
 def make(views: FakeViews, folder: Path, views_per_round: int = 3, seed: int = 1, load=lambda: load_prior("analytic")):
     edit = EditConfig(steps=30, seed=seed)
-    return DatasetUpdate(views, views.original, load, "make it night", edit, views_per_round, "random", folder)  # type: ignore[arg-type]
+    drawn = {"views_per_round": views_per_round, "selection": "random"}
+    return DatasetUpdate(views, views.original, load, "make it night", edit, folder=folder, **drawn)  # type: ignore[arg-type]
 
 
 def test_every_view_has_its_turn_before_any_repeats(tmp_path):

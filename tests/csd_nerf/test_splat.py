@@ -23,6 +23,7 @@ from PIL import Image
 from csd_2d import EditConfig
 from csd_2d.images import read_image
 from csd_2d.priors.analytic import AnalyticPrior
+from csd_nerf.artefacts import Artefacts
 from csd_nerf.distill import SceneParticles
 from csd_nerf.masks import masks_of_solid
 from csd_nerf.pipeline import CsdEditPipeline, CsdEditPipelineConfig, training_views
@@ -302,8 +303,13 @@ def test_renders_have_neither_the_crop_nor_the_background_of_a_viewer(pipeline):
     assert torch.equal(views.render(2), before)
     assert torch.equal(views.render_with_gradient(2).detach().cpu(), before)
     assert model.crop_box is box and (model.background_color == 1).all() and model.training
-    model.set_crop(None)
-    model.set_background(views._background)
+    artefacts = Artefacts(pipeline, views, views.original, Path(), None)
+    films = []
+    for background in (torch.ones(3), views._background):
+        model.set_crop(None)
+        model.set_background(background.to(model.device))
+        films.append(artefacts._seen([], views.cameras[2:3])[1][0])
+    assert torch.equal(*films)
 
 
 def test_renders_are_from_tuned_poses(scene_data, device):
