@@ -1,5 +1,6 @@
 """What an edit leaves beside nerfstudio's files, what it says when it cannot go on, and edits of edited scenes."""
 
+import copy
 import json
 
 import pytest
@@ -187,13 +188,25 @@ def test_presets_of_scenes(preset, expected, scene_run):
     config.pipeline = CsdEditPipelineConfig(**{**vars(config.pipeline), "preset": preset, "prior": "analytic"})
     config.prepare()
     assert {name: getattr(config.pipeline, name) for name in expected} == expected
-    assert config.max_num_iterations == (3000 if preset == "fast" else 30000)
+    steps = 3000 if preset == "fast" else 30000
+    assert config.max_num_iterations == steps
+    assert all(optimizer["scheduler"].max_steps == steps for optimizer in config.optimizers.values())
+    assert csd_edit.config.optimizers["fields"]["scheduler"].max_steps == 30000
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("distill", 250), ("dataset-update", 2000)])
+def test_slow_steps_are_saved_more_often(mode, steps, scene_run):
+    config = copy.deepcopy(csd_edit.config)
+    config.load_run, config.pipeline.mode = scene_run, mode  # type: ignore[attr-defined]
+    config.pipeline.prompt, config.pipeline.prior = "make it night", "analytic"  # type: ignore[attr-defined]
+    config.prepare()  # type: ignore[attr-defined]
+    assert config.steps_per_save == steps
 
 
 def test_presets_of_scenes_that_cannot_be(scene_run, tmp_path):
     for settings, message in {
         "{scene: {nothing: 1}}": "cannot be used",
-        "{scene: {views_per_round: -1}}": "views_per_round must be at least 0",
+        "{scene: {micro_batch: 0}}": "micro_batch must be at least 1",
         "{scene: 7}": "scene must hold settings, got 7",
     }.items():
         path = tmp_path / "own.yaml"
