@@ -88,12 +88,15 @@ def image_size(path: Path) -> tuple[int, int]:
         return height, width
 
 
-def read_mask(path: Path, size: tuple[int, int], feather: float = 0.0) -> Float[Tensor, "1 H W"]:
+def read_mask(
+    path: Path, size: tuple[int, int], feather: float = 0.0, may_be_black: bool = False
+) -> Float[Tensor, "1 H W"]:
     """An image file as a mask: white is 1, where the edit may go; black is 0.
 
     Args:
         size: (height, width) it must have.
         feather: see `feathered`.
+        may_be_black: all over; for one of many images, which need not show what is edited.
 
     Raises:
         FileNotFoundError, ValueError: as `read_image`; also if it has another size, or is black all over.
@@ -102,7 +105,7 @@ def read_mask(path: Path, size: tuple[int, int], feather: float = 0.0) -> Float[
     if mask.shape[-2:] != size:
         height, width = mask.shape[-2:]
         raise ValueError(f"mask {path} is {width}x{height} px, the image {size[1]}x{size[0]} px; they must be alike.")
-    if not mask.any():
+    if not may_be_black and not mask.any():
         raise ValueError(f"mask {path} is black all over, which leaves nothing to edit; white is what may change.")
     return feathered(mask, feather)
 

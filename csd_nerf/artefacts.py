@@ -46,23 +46,23 @@ class Cost:
     """On a GPU what torch took at most in this stage; without one what the process took at most until its end."""
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Adds what the block costs."""
+    def counted(self, device: torch.device) -> Iterator[None]:
+        """Adds what the block costs on a device; at its end the block must have waited for what it started there."""
         begin = time.monotonic()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         yield
         self.seconds += time.monotonic() - begin
-        self.peak_memory_mb = max(self.peak_memory_mb, _peak_memory_mb())
+        self.peak_memory_mb = max(self.peak_memory_mb, _peak_memory_mb(device))
 
     def rounded(self) -> dict[str, float]:
         """To a tenth of a second and of a megabyte."""
         return {name: round(value, 1) for name, value in dataclasses.asdict(self).items()}
 
 
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
@@ -100,15 +100,15 @@ def camera_path(cameras: Cameras, frames: int) -> Cameras:
     Args:
         frames: how many cameras there will be, at least.
     """
-    stops = _spread(cameras.camera_to_worlds[..., 3], STOPS)
-    legs = max(len(stops) - 1, 1)
-    path = get_interpolated_camera_path(cameras[torch.tensor(stops)], -(-frames // legs), order_poses=True)
+    stops = _well_spread(cameras.camera_to_worlds[..., 3], STOPS)
+    stops = stops if len(stops) > 1 else 2 * stops  # a path from a single camera to itself
+    path = get_interpolated_camera_path(cameras[torch.tensor(stops)], -(-frames // (len(stops) - 1)), order_poses=True)
     width = int(path.width.max())
     path.rescale_output_resolution(min(1.0, FILM_WIDTH / width))
     return path[:frames]
 
 
-def _spread(positions: Float[Tensor, "n 3"], count: int) -> list[int]:
+def _well_spread(positions: Float[Tensor, "n 3"], count: int) -> list[int]:
     """Which of some cameras cover their positions best."""
     return next(ViewRounds(positions.cpu(), count, "spread", torch.Generator().manual_seed(0)))
 
@@ -146,8 +146,8 @@ class Artefacts:
             all_views: write what the edited scene shows from each training camera.
         """
         views, cost = self._views, Cost()
-        with cost.counted():
-            shown = _spread(views.positions(), SHOWN)
+        with cost.counted(self._pipeline.device):
+            shown = _well_spread(views.positions(), SHOWN)
             cameras = camera_path(views.cameras, film_frames) if film_frames else None
             after, films = self._seen(shown, cameras)
             with self._before():
@@ -167,7 +167,8 @@ class Artefacts:
             temporary.write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
 
     def _seen(self, shown: list[int], cameras: Cameras | None) -> tuple[list[Tensor], Frames]:
-        frames = [] if cameras is None else film(self._pipeline.model, cameras)
+        with self._views.undisturbed():
+            frames = [] if cameras is None else film(self._pipeline.model, cameras)
         return [self._views.render(index) for index in shown], frames
 
     @contextmanager

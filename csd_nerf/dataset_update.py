@@ -15,12 +15,12 @@ from csd_2d.edit import EditConfig
 from csd_2d.files import replacing
 from csd_2d.images import edit_images, read_image, write_image
 from csd_2d.priors import Prior
-from csd_nerf.artefacts import Cost
+from csd_nerf.artefacts import Cost, change
 from csd_nerf.scene import TrainingViews
 from csd_nerf.selection import Selection, ViewRounds
 
 SMALLEST_CHANGE = 0.01
-"""Mean change of the first round's views, of RGB in [0, 1], under which a warning says so."""
+"""Mean change of the first round's views, within masks, of RGB in [0, 1], under which a warning says so."""
 
 
 class DatasetUpdate:
@@ -51,6 +51,7 @@ class DatasetUpdate:
         load_prior: Callable[[], Prior],
         prompt: str,
         edit: EditConfig,
+        *,
         views_per_round: int,
         selection: Selection,
         folder: Path,
@@ -107,7 +108,7 @@ class DatasetUpdate:
         if self._prior is None:
             self._prior = self._load_prior()
         cost = Cost()
-        with cost.counted():
+        with cost.counted(self._prior.device):
             edited = self._edit_together(number, drawn, label)
         with replacing(folder) as unfinished:
             for index, image in zip(drawn, edited, strict=True):
@@ -118,18 +119,19 @@ class DatasetUpdate:
     def _edit_together(self, number: int, drawn: list[int], label: str) -> list[Tensor]:
         assert self._prior is not None
         start = [self._views.render(index) for index in drawn]
+        masks = None if self._masks is None else [self._masks[index] for index in drawn]
         edited = edit_images(
             [self._source(index) for index in drawn],
             self._prior,
             self._prompt,
             dataclasses.replace(self._config, seed=self._config.seed * 10_000 + number),
             start=start,
-            masks=None if self._masks is None else [self._masks[index] for index in drawn],
+            masks=masks,
             progress=label,
             resume=self._rounds / f"{number:03d}.part",
         )
-        if number == 0:
-            self._warn_of_no_change(start, edited)
+        if number == 0 and (masks is None or any(bool(mask.any()) for mask in masks)):
+            self._warn_of_no_change(change(start, edited, masks))
         return edited
 
     def _check(self, folder: Path, drawn: list[int]) -> None:
@@ -144,13 +146,12 @@ class DatasetUpdate:
         if not same:
             raise ValueError(f"the data or the settings have changed since {folder} was made; begin a new run.")
 
-    def _warn_of_no_change(self, before: list[Tensor], after: list[Tensor]) -> None:
+    def _warn_of_no_change(self, measured: dict[str, float]) -> None:
         """An edit that does nothing would train for hours and look like a bug of the renderer."""
-        changes = [(new - old).abs().mean().item() for old, new in zip(before, after, strict=True)]
-        change = sum(changes) / len(changes)
-        if change < SMALLEST_CHANGE:
+        changed = measured["mean"] if self._masks is None else measured["inside"]
+        if changed < SMALLEST_CHANGE:
             CONSOLE.print(
-                f"[yellow]The first round changed the views by {255 * change:.1f} of 255 grey levels on average. Does "
+                f"[yellow]The first round changed the views by {255 * changed:.1f} of 255 grey levels on average. Does "
                 f"the prompt '{self._prompt}' ask for something the model can do? A higher "
                 "--pipeline.edit.guidance-scale or more --pipeline.edit.steps make it stronger."
             )

@@ -58,7 +58,7 @@ class SceneParticles:
             return self._prior.encode(self._padded(image).to(self._prior.device))
 
         rendered = (self._views.render_with_gradient(index) for index in indices)
-        return torch.cat([replayed(latents, image) for image in rendered])
+        return torch.cat([replayed(latents, image, device=self._prior.device) for image in rendered])
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._source[list(indices)]
@@ -77,6 +77,25 @@ class SceneParticles:
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self._parameters
+
+
+def cost_of_distilling(edit: EditConfig, views: int) -> str:
+    """What a run will take, in one sentence.
+
+    Args:
+        views: of the scene.
+
+    Example:
+        >>> cost_of_distilling(EditConfig(steps=1000), 50)
+        'Distilling: 1,000 steps, up to 217,000 U-Net evaluations in all; --max-num-iterations lowers both.'
+    """
+    together = round(edit.together * edit.steps)
+    batch = stack_batch(views) if edit.batch is None else edit.batch or views
+    rendered = together * views + (edit.steps - together) * min(batch, views)
+    return (
+        f"Distilling: {edit.steps:,} steps, up to {5 * rendered:,} U-Net evaluations in all; --max-num-iterations "
+        "lowers both."
+    )
 
 
 class Distillation:
@@ -110,12 +129,17 @@ class Distillation:
         """See `EditRun.loss`."""
         return self._run.loss(step)
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Tells edits apart. Not by latents, which a GPU need not compute alike in two processes."""
+        return repr((self._edit, self._prompt, self._views.digest()))
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the scene."""
-        return {"edit": self._run.fingerprint(), "run": self._run.state_dict()}
+        return {"edit": self._fingerprint, "run": self._run.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` returned. ValueError if it is of another edit."""
-        if state["edit"] != self._run.fingerprint():
+        if state["edit"] != self._fingerprint:
             raise ValueError("the data or the settings have changed since the run was interrupted; begin a new run.")
         self._run.load_state_dict(state["run"])

@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.images import IMAGE_SUFFIXES, feathered, read_mask
 from csd_nerf.scene import TrainingViews
+from csd_nerf.splat import FAR
+
+SAMPLED = 1000
+"""Pixels of a view, at least, by which an error says where surfaces lie."""
 
 Sphere = tuple[float, float, float, float]
 """Centre x, y, z and radius."""
@@ -37,20 +42,31 @@ def masks_of_solid(views: TrainingViews, solid: Sphere | Box, feather: float) ->
     Raises:
         ValueError: if no view shows anything of it.
     """
-    masks = [feathered(inside(views.surface(index), solid), feather) for index in range(len(views))]
+    masks, seen = [], []
+    for index in range(len(views)):
+        points = views.surface(index)
+        masks.append(feathered(inside(points, solid), feather))
+        seen.append(points.flatten(1)[:, :: max(points[0].numel() // SAMPLED, 1)])
     if not any(bool(mask.any()) for mask in masks):
         raise ValueError(
-            f"nothing that the views show lies in {solid}, or nothing wider than --pipeline.feather {feather}; units "
-            "are those of the scene as it was trained."
+            f"nothing that the views show lies in {solid}, or nothing wider than --pipeline.feather {feather}; most of "
+            f"it lies in {_extent(torch.cat(seen, dim=1))}, in units of the scene as it was trained."
         )
     return masks
+
+
+def _extent(points: Float[Tensor, "3 n"]) -> str:
+    """Where points lie, but for the outermost 5 % on each side, and for those of pixels that show nothing."""
+    shown = points.where(points.norm(dim=0) < FAR / 2, torch.nan)
+    ranges = shown.nanquantile(torch.tensor([0.05, 0.95]), dim=1).T.tolist()
+    return ", ".join(f"{axis} {low:.3g} to {high:.3g}" for axis, (low, high) in zip("xyz", ranges, strict=True))
 
 
 def masks_from_folder(views: TrainingViews, folder: Path, feather: float) -> list[Float[Tensor, "1 H W"]]:
     """For each view the image of its file's name, whatever the ending: white may change.
 
     Raises:
-        ValueError: if one is missing, or as `read_mask` raises.
+        ValueError: if one is missing or all are black, or as `read_mask` raises.
     """
     files = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in IMAGE_SUFFIXES}
     masks = []
@@ -59,5 +75,8 @@ def masks_from_folder(views: TrainingViews, folder: Path, feather: float) -> lis
         if name not in files:
             raise ValueError(f"folder {folder} holds no mask for view {name}; there must be one for each view.")
         height, width = views.original(index).shape[-2:]
-        masks.append(read_mask(files[name], (height, width), feather))
+        # A view need not show what is edited.
+        masks.append(read_mask(files[name], (height, width), feather, may_be_black=True))
+    if not any(bool(mask.any()) for mask in masks):
+        raise ValueError(f"all masks in {folder} are black, or show nothing wider than --pipeline.feather {feather}.")
     return masks

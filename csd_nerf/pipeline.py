@@ -21,7 +21,7 @@ from csd_2d.edit import EditConfig
 from csd_2d.priors import Prior, load_prior
 from csd_nerf.artefacts import Artefacts, Cost, edits_before
 from csd_nerf.dataset_update import DatasetUpdate, time_left
-from csd_nerf.distill import Distillation
+from csd_nerf.distill import Distillation, cost_of_distilling
 from csd_nerf.masks import Box, Sphere, masks_from_folder, masks_of_solid
 from csd_nerf.resume import random_state_kept
 from csd_nerf.scene import NerfactoViews, TrainingViews, pictures_of_the_start
@@ -48,8 +48,10 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     film_frames: int = 48
     """Frames of turntable.mp4, which shows the scene before and after, side by side; 0: no film."""
     prior: str = "ip2p"
-    """Diffusion model: 'ip2p' (timbrooks/instruct-pix2pix), another hub id, a local folder with a diffusers
-    InstructPix2Pix pipeline, 'tiny' (ships with this package), or 'analytic' (exact scores of closed-form edits)."""
+    """Diffusion model: 'ip2p' (timbrooks/instruct-pix2pix; the default of csd-edit, whatever is installed), 'tiny'
+    (ships with this package; the default of csd-edit-tiny), 'sd' (text-to-image), a folder or hub id with a diffusers
+    pipeline (InstructPix2Pix, its XL, CosXL-Edit, Stable Diffusion, its XL, FLUX.1 Kontext), or 'analytic' (exact
+    scores of closed-form edits)."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What the diffusion model computes in. Default: float16 on a GPU, float32 elsewhere."""
     micro_batch: int = 8
@@ -63,10 +65,10 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     compile: bool = False
     """Have torch.compile make the diffusion model faster. The first steps then take minutes."""
     edit: EditConfig = field(default_factory=EditConfig)
-    """The joint edit of one round's views."""
+    """The joint edit of one round's views. `transport` is not for scenes."""
     preset: str = "default"
-    """Another than `default` takes the place of all settings under `edit` but the seed: a name in configs/ (`paper` is
-    the published algorithm, `fast` edits all views once, `low-memory` spares the GPU), or a .yaml file."""
+    """Other defaults: a name in configs/ (`paper` is the published algorithm, `fast` edits all views once, `low-memory`
+    spares the GPU), or a .yaml file. An option that differs from the method's own default wins."""
     views_per_round: int = 16
     """Training views edited together in one round (paper: 16); 0 takes all of them. Dataset update only."""
     view_selection: Selection = "random"
@@ -91,6 +93,12 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
             raise ValueError(f"{' and '.join(local)} cannot be used {'together' if len(local) > 1 else 'in distill'}.")
         if self.mode == "distill" and getattr(self.model, "stop_split_at", 0):
             raise ValueError("Gaussians cannot be split in distill; leave --pipeline.model.stop-split-at at 0.")
+        if getattr(self.datamanager, "train_cameras_sampling_strategy", "random") != "random":
+            raise ValueError("leave --pipeline.datamanager.train-cameras-sampling-strategy at random for an edit.")
+        if getattr(self.model, "use_proposal_weight_anneal", False):
+            raise ValueError("use_proposal_weight_anneal would flatten the proposal weights of a trained scene.")
+        if self.edit.transport != "off":
+            raise ValueError("transport is for videos and panoramas; leave --pipeline.edit.transport at off.")
         if self.masks is not None and not self.masks.is_dir():
             raise ValueError(f"masks must be a folder, there is none at {self.masks}.")
         for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1), ("film_frames", 0)):
@@ -99,6 +107,10 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
 
 
 _OF_NERFSTUDIO = frozenset(f.name for f in dataclasses.fields(VanillaPipelineConfig))
+
+
+PICTURES_OF_THE_START = ("source", "masks")
+"""Folders of a run with what is made before its first step."""
 
 
 def memory_advice(config: CsdEditPipelineConfig) -> str:
@@ -179,23 +191,36 @@ class CsdEditPipeline(VanillaPipeline):
         assert trainer is not None
         run, total = trainer.base_dir, trainer.config.max_num_iterations
         views = self._views = training_views(self)
-        source, masks = self._source(views, run), self._masks(views, run)
+        with trainer.train_lock:  # a viewer renders in a thread of its own, and changes the model's mode for it
+            source = self._source(views, run)
+        masks = self._masks(views, run)
         # Two runs of different --machine.seed draw different noise, too.
         edit = dataclasses.replace(config.edit, seed=trainer.config.machine.seed + config.edit.seed)
         if config.mode == "distill":
             parameters = [p for group in self.get_param_groups().values() for p in group]
             edit = dataclasses.replace(edit, steps=total)
             self._distillation = Distillation(views, source, self._prior, config.prompt, edit, parameters)
+            CONSOLE.print(cost_of_distilling(edit, len(views)))
         else:
-            selection = config.views_per_round, config.view_selection
-            self._update = DatasetUpdate(views, source, self._prior, config.prompt, edit, *selection, run, masks)
+            self._update = DatasetUpdate(
+                views,
+                source,
+                self._prior,
+                config.prompt,
+                edit,
+                views_per_round=config.views_per_round,
+                selection=config.view_selection,
+                folder=run,
+                load_masks=masks,
+            )
             callbacks.append(self._rounds(self._update, trainer._start_step, total))
         assert trainer.config.load_checkpoint is not None
         artefacts = Artefacts(self, views, source, trainer.config.load_checkpoint, masks)
 
         def write_artefacts(step: int) -> None:
             report = self._report(trainer.config, total)
-            artefacts.write(run, report, config.film_frames, all_views=config.mode == "distill")
+            with trainer.train_lock:
+                artefacts.write(run, report, config.film_frames, all_views=config.mode == "distill")
 
         return [*callbacks, TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], write_artefacts)]
 

@@ -61,7 +61,7 @@ def _first(distances: Float[Tensor, "k n"], valid: Bool[Tensor, "k n"]) -> Float
 
 
 @dataclass(frozen=True)
-class Sphere:
+class Ball:
     center: tuple[float, float, float]
     radius: float
 
@@ -247,7 +247,7 @@ def _pine(x: float, y: float, height: float) -> list[tuple[Shape, Albedo]]:
 def _round_tree(x: float, y: float, height: float, *color: float) -> list[tuple[Shape, Albedo]]:
     return [
         (Frustum((x, y), 0.0, 0.5 * height, 0.05, 0.05), _plain(0.45, 0.30, 0.20)),
-        (Sphere((x, y, 0.67 * height), 0.34 * height), _plain(*color)),
+        (Ball((x, y, 0.67 * height), 0.34 * height), _plain(*color)),
     ]
 
 
@@ -272,14 +272,14 @@ _OBJECTS: list[tuple[Shape, Albedo]] = [
     *_pine(0.60, 0.28, 0.58),
     *_pine(-0.68, 0.20, 0.46),
     *_round_tree(-0.52, -0.46, 0.46, 0.86, 0.54, 0.22),
-    (Sphere((0.12, -0.66, 0.10), 0.10), _striped((0.82, 0.26, 0.40), (0.86, 0.84, 0.78), 0.05)),
+    (Ball((0.12, -0.66, 0.10), 0.10), _striped((0.82, 0.26, 0.40), (0.86, 0.84, 0.78), 0.05)),
 ]
 
 
 # Light
 
 
-def _spread(direction: tuple[float, float, float], radius: float, count: int) -> Float[Tensor, "count 3"]:
+def _directions(direction: tuple[float, float, float], radius: float, count: int) -> Float[Tensor, "count 3"]:
     """Unit vectors evenly round a direction."""
     axis = torch.nn.functional.normalize(torch.tensor(direction), dim=0)
     side = torch.nn.functional.normalize(torch.linalg.cross(axis, torch.tensor([0.0, 0.0, 1.0])), dim=0)
@@ -288,9 +288,9 @@ def _spread(direction: tuple[float, float, float], radius: float, count: int) ->
     return torch.nn.functional.normalize(axis + radius * ring, dim=1)
 
 
-_SUN = _spread((-0.45, -0.62, 0.80), 0.05, 3)
+_SUN = _directions((-0.45, -0.62, 0.80), 0.05, 3)
 """Three suns close together: a penumbra."""
-_DOME = _spread((0.01, 0.0, 1.0), 0.9, 5)
+_DOME = _directions((0.01, 0.0, 1.0), 0.9, 5)
 """Skylight, shadowed too: it darkens corners and the ground under trees."""
 _FILL_DIRECTION = (0.48, 0.62, -0.62)
 """Light that clouds and sky throw back from opposite the sun; soft and without shadows."""

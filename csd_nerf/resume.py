@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from csd_nerf.source_run import PlainName, PlainObject, dataparser_of, read_plain_config
+from csd_nerf.source_run import PlainName, PlainObject, config_file, dataparser_of, read_plain_config
 
 REST = ".rest"
 """Suffix of what lies beside a step's .ckpt and holds what nerfstudio leaves out."""
@@ -82,9 +82,7 @@ def take_up(config: Any, path: Path, kept: frozenset[str]) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it is of another method, or cannot be read as its config.
     """
-    path = path / "config.yml" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no run at --resume {path}; expected the config.yml of an edit that was interrupted.")
+    path = config_file(path, "--resume", "of an edit that was interrupted")
     saved = read_plain_config(path)
     if not isinstance(saved, PlainObject) or saved.get("method_name") != config.method_name:
         name = saved.get("method_name") if isinstance(saved, dict) else None

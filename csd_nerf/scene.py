@@ -13,7 +13,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.data.datasets.base_dataset import InputDataset
-from nerfstudio.models.nerfacto import NerfactoModel
+from nerfstudio.models.base_model import Model
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,21 +34,26 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def replayed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def replayed(function: Callable[..., Tensor], *args: Any, device: str | torch.device) -> Tensor:
     """`function(*args)`, which is called again, from the same random state, when a gradient comes back to it.
 
     Nothing of a graph is kept in between: torch's other kind of checkpoint keeps the graph's nodes, and of many small
     ones they are what fills the memory. Gradients are added to parameters, as by `backward()`; `torch.autograd.grad`
     does not see them.
+
+    Args:
+        device: whose random state it is, beside the CPU's.
     """
-    gate = torch.zeros((), requires_grad=True)  # without an input that wants a gradient none would come back
+    # Without an input that wants a gradient none would come back; torch keeps the random state of the inputs' device.
+    gate = torch.zeros((), device=device, requires_grad=True)
     return checkpoint(lambda _, *args: function(*args), gate, *args, use_reentrant=True)  # type: ignore[return-value]
 
 
 class TrainingViews(ABC):
     """The training views of a pipeline. All images are RGB in [0, 1] on the CPU, and may differ in size."""
 
-    def __init__(self, dataset: InputDataset, cameras: Cameras) -> None:
+    def __init__(self, model: Model, dataset: InputDataset, cameras: Cameras) -> None:
+        self._model: Any = model
         self._dataset = dataset
         self.cameras = cameras
         """Of the views, as the data have them."""
@@ -74,6 +79,12 @@ class TrainingViews(ABC):
     def positions(self) -> Float[Tensor, "n 3"]:
         """Where the cameras stand, in the scene's units."""
         return self.cameras.camera_to_worlds[..., 3].cpu()
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Eval mode, without what a viewer may have set."""
+        with eval_mode(self._model):
+            yield
 
     @abstractmethod
     def original(self, index: int) -> Float[Tensor, "3 H W"]:
@@ -101,12 +112,11 @@ class TrainingViews(ABC):
         Alpha stays, and the background that `original` put behind it is taken away again: training adds its own.
         """
 
-    @abstractmethod
     def training_state(self) -> dict[str, Any]:
         """What the training of the scene goes by, beside tensors of the model and the optimisers."""
+        return {}
 
-    @abstractmethod
-    def load_training_state(self, state: dict[str, Any]) -> None:
+    def load_training_state(self, state: dict[str, Any]) -> None:  # noqa: B027  there is nothing by default
         """Goes back to what `training_state` returned."""
 
 
@@ -142,30 +152,16 @@ class NerfactoViews(TrainingViews):
                 "editing needs all training images in memory; leave "
                 "--pipeline.datamanager.train-num-images-to-sample-from at -1."
             )
-        super().__init__(datamanager.train_dataset, datamanager.train_ray_generator.cameras)
-        self._model: NerfactoModel = pipeline.model  # type: ignore[assignment]
+        super().__init__(pipeline.model, datamanager.train_dataset, datamanager.train_ray_generator.cameras)
         # One tensor, or a list where sizes differ; `row[i]` is the place of view i in it.
         self._supervision: Tensor | list[Tensor] = loader.cached_collated_batch["image"]
         self._row = {int(view): row for row, view in enumerate(loader.cached_collated_batch["image_idx"])}
 
     def original(self, index: int) -> Float[Tensor, "3 H W"]:
-        image = self._dataset[index]["image"]
+        return self._on_background(self._dataset[index]["image"])
+
+    def _on_background(self, image: Float[Tensor, "H W c"]) -> Float[Tensor, "3 H W"]:
         return self._model.renderer_rgb.blend_background(image).permute(2, 0, 1)
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Eval mode, in which rays leave no trace in the training.
-
-        It trains the proposal networks in some steps only. Rendering in between neither counts as such a step nor is
-        one, or the second rendering of a chunk would differ from the first.
-        """
-        sampler = self._model.proposal_sampler
-        steps, sampler._steps_since_update = sampler._steps_since_update, 0
-        try:
-            with eval_mode(self._model):
-                yield
-        finally:
-            sampler._steps_since_update = steps
 
     def _rays(self, index: int, coords: Float[Tensor, "*rays 2"] | None = None) -> RayBundle:
         """Of some pixels, all by default, from the pose the view was trained at."""
@@ -178,7 +174,7 @@ class NerfactoViews(TrainingViews):
 
     @torch.no_grad()
     def render(self, index: int) -> Float[Tensor, "3 H W"]:
-        with self._undisturbed():
+        with self.undisturbed():
             rgb = self._model.get_outputs_for_camera_ray_bundle(self._rays(index))["rgb"]
         return rgb.clamp(0, 1).permute(2, 0, 1).float().cpu()
 
@@ -186,33 +182,31 @@ class NerfactoViews(TrainingViews):
     def surface(self, index: int) -> Float[Tensor, "3 H W"]:
         """See `TrainingViews`: where each pixel's ray has lost half its light."""
         rays = self._rays(index)
-        with self._undisturbed():
+        with self.undisturbed():
             depth = self._model.get_outputs_for_camera_ray_bundle(rays)["depth"]
         return (rays.origins + rays.directions * depth.to(rays.origins)).permute(2, 0, 1).float().cpu()
 
     def render_with_gradient(self, index: int, rays_per_chunk: int = 4096) -> Float[Tensor, "3 H W"]:
-        """See `TrainingViews`. Rays and graph of one chunk of pixels at a time are in memory."""
+        """See `TrainingViews`. Rays and graph of one chunk of pixels at a time are in memory.
+
+        The model's own chunks may be larger: they are for rendering without a graph.
+        """
         coords = self.cameras.get_image_coords(index=(index,))
         height, width, _ = coords.shape
 
         def colors(start: int) -> Float[Tensor, "n 3"]:
             # Both within, for the second rendering happens within backward().
             chunk = self._rays(index, coords.view(-1, 2)[start : start + rays_per_chunk])
-            with self._undisturbed():
+            with self.undisturbed():
                 return self._model(chunk.to(self._model.device))["rgb"]
 
         starts = range(0, height * width, rays_per_chunk)
-        rgb = torch.cat([replayed(colors, start) for start in starts])
+        rgb = torch.cat([replayed(colors, start, device=self._model.device) for start in starts])
         return rgb.float().view(height, width, 3).permute(2, 0, 1)
 
-    def training_state(self) -> dict[str, Any]:
-        return {"steps_since_update": self._model.proposal_sampler._steps_since_update}
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        self._model.proposal_sampler._steps_since_update = state["steps_since_update"]
-
     def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
-        rgb = without_background(image, self.original(index), self._dataset[index]["image"])
+        unedited = self._dataset[index]["image"]
+        rgb = without_background(image, self._on_background(unedited), unedited)
         self._supervision[self._row[index]][..., :3] = rgb
 
 

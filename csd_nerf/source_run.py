@@ -76,6 +76,21 @@ class _PlainLoader(yaml.SafeLoader):
 _PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _PlainLoader.construct_python)
 
 
+def config_file(run: Path, option: str, expected: str) -> Path:
+    """RUN/config.yml, given as that or as RUN.
+
+    Args:
+        option, expected: what the user gave it by, and what it should be, for the error's message.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = run / "config.yml" if run.is_dir() else run
+    if not path.is_file():
+        raise FileNotFoundError(f"no run at {option} {path}; expected the config.yml {expected}.")
+    return path
+
+
 def read_plain_config(path: Path) -> Any:
     """A run's config.yml with its objects as `PlainObject`; nothing in it is executed.
 
@@ -98,9 +113,7 @@ def read_run(path: Path, kind: SceneKind) -> SourceRun:
         FileNotFoundError: if there is no such config.
         ValueError: if its scene is of another kind, or its data parser is not known here.
     """
-    config_path = path / "config.yml" if path.is_dir() else path
-    if not config_path.is_file():
-        raise FileNotFoundError(f"no run at --load-run {path}; expected the config.yml that ns-train {kind} wrote.")
+    config_path = config_file(path, "--load-run", f"that ns-train {kind} wrote")
     config = read_plain_config(config_path)
     try:
         pipeline = config["pipeline"]

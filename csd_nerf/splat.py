@@ -15,7 +15,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from torch import Tensor
 
 from csd_nerf.model import OF_ANY_EDIT, OfflineLpips, OfflineLpipsConfig
-from csd_nerf.scene import TrainingViews, eval_mode, replayed, without_background
+from csd_nerf.scene import TrainingViews, replayed, without_background
 from csd_nerf.source_run import SceneKind
 
 LEARNED = 30000
@@ -69,11 +69,13 @@ class SplatModel(OfflineLpips, SplatfactoModel):
 
     def load_state_dict(self, dict: dict[str, Tensor], **kwargs: Any) -> None:  # type: ignore[override]
         parameters = [*self.gauss_params.items()]
-        super().load_state_dict(dict, **kwargs)
-        # Those that splatfacto made, of the checkpoint's size, are unknown to optimisers, which are built before.
-        for name, parameter in parameters:
-            parameter.data = self.gauss_params[name].data
-            self.gauss_params[name] = parameter
+        try:
+            super().load_state_dict(dict, **kwargs)
+        finally:  # also if it is strict and fails: the pipeline then tries again
+            # Those that splatfacto made, of the checkpoint's size, are unknown to optimisers, which are built before.
+            for name, parameter in parameters:
+                parameter.data = self.gauss_params[name].data
+                self.gauss_params[name] = parameter
 
     def step_cb(self, optimizers: Optimizers, step: int) -> None:
         super().step_cb(optimizers, LEARNED + step)
@@ -91,9 +93,8 @@ class SplatViews(TrainingViews):
     def __init__(self, pipeline: VanillaPipeline) -> None:
         datamanager: FullImageDatamanager = pipeline.datamanager  # type: ignore[assignment]
         self._supervision = datamanager.cached_train  # loads the images, and undistorts the cameras with them
-        super().__init__(datamanager.train_dataset, datamanager.train_cameras)
+        super().__init__(pipeline.model, datamanager.train_dataset, datamanager.train_cameras)
         self._datamanager = datamanager
-        self._model: SplatfactoModel = pipeline.model  # type: ignore[assignment]
         self._originals: list[Tensor] = [view["image"] for view in self._supervision]
         self._background = self._model.background_color.detach().cpu()
 
@@ -113,14 +114,14 @@ class SplatViews(TrainingViews):
         return camera
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Eval mode, without the crop and the background that a viewer may have set."""
+    def undisturbed(self) -> Iterator[None]:
+        """See `TrainingViews`: a viewer sets crop and background."""
         model = self._model
         crop, background = model.crop_box, model.background_color
         model.set_crop(None)
         model.set_background(self._background)
         try:
-            with eval_mode(model):
+            with super().undisturbed():
                 yield
         finally:
             model.set_crop(crop)
@@ -128,8 +129,8 @@ class SplatViews(TrainingViews):
 
     def _outputs(self, index: int) -> dict[str, Tensor]:
         """Of `SplatfactoModel.get_outputs`: `get_outputs_for_camera` has no gradient."""
-        with self._undisturbed():
-            return self._model.get_outputs(self._camera(index))  # type: ignore[return-value]
+        with self.undisturbed():
+            return self._model.get_outputs(self._camera(index))
 
     @torch.no_grad()
     def render(self, index: int) -> Float[Tensor, "3 H W"]:
@@ -141,7 +142,7 @@ class SplatViews(TrainingViews):
         def colors(index: int) -> Float[Tensor, "H W 3"]:
             return self._outputs(index)["rgb"]
 
-        return replayed(colors, index).float().permute(2, 0, 1)
+        return replayed(colors, index, device=self._model.device).float().permute(2, 0, 1)
 
     @torch.no_grad()
     def surface(self, index: int) -> Float[Tensor, "3 H W"]:
@@ -175,4 +176,7 @@ class SplatViews(TrainingViews):
         data = self._datamanager
         data.train_unseen_cameras = state["unseen"]
         data.random_generator.setstate(state["draw"])
-        self._model.strategy_state = state["densification"]
+        self._model.strategy_state = {
+            name: value.to(self._model.device) if isinstance(value, Tensor) else value
+            for name, value in state["densification"].items()
+        }

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from csd_2d.errors import NonFiniteError, one_sentence
 from csd_2d.files import UNFINISHED
 from csd_2d.priors import check_prior
 from csd_nerf.model import SceneModelConfig
-from csd_nerf.pipeline import CsdEditPipeline, CsdEditPipelineConfig
+from csd_nerf.pipeline import PICTURES_OF_THE_START, CsdEditPipeline, CsdEditPipelineConfig
 from csd_nerf.resume import REST, latest_whole_checkpoint, random_state, set_random_state, take_up
 from csd_nerf.source_run import (
     check_data,
@@ -36,6 +37,9 @@ from csd_nerf.source_run import (
     read_run,
 )
 from csd_nerf.splat import SplatModelConfig
+
+DISTILL_STEPS_PER_SAVE = 250
+"""At most: a step of distill takes far longer than one that learns images."""
 
 
 @dataclass
@@ -116,6 +120,8 @@ class SceneTrainer(Trainer):
                 for pattern in ("config.yml", "dataparser_transforms.json", "events.out.tfevents.*"):
                     for path in self.base_dir.glob(pattern):
                         path.unlink()
+                for name in PICTURES_OF_THE_START:
+                    shutil.rmtree(self.base_dir / name, ignore_errors=True)
                 with contextlib.suppress(OSError):  # a folder with anything else in it stays
                     for folder in (self.base_dir, *self.base_dir.parents[:3]):
                         folder.rmdir()
@@ -135,7 +141,8 @@ class EditTrainerConfig(SceneTrainerConfig):
     resume: Path | None = None
     """Config of an edit that was interrupted, RUN/config.yml: goes on with it, in its folder, as if it had never
     stopped. Its settings are taken over, whatever other options say, but for those that change no result: vis, viewer,
-    logging, and the pipeline's micro-batch, offload and local-files-only."""
+    logging, and the pipeline's micro-batch, offload and local-files-only. --data and --load-checkpoint say where the
+    data and the scene's checkpoint lie, if they were moved."""
 
     def prepare(self) -> None:
         """Settles on the prompt, the scene and its checkpoint; afterwards `load_checkpoint` names the file.
@@ -144,19 +151,40 @@ class EditTrainerConfig(SceneTrainerConfig):
             ValueError, OSError: if something is missing or cannot be used.
         """
         if self.resume is not None:
-            data = self.pipeline.datamanager.data
-            take_up(self, self.resume, _OF_THIS_MACHINE)
-            self.pipeline.datamanager.data = data or self.pipeline.datamanager.data
+            self._take_up(self.resume)
             super().prepare()
             return
         self._settle_prompt()
-        check_prior(self.pipeline.prior, self.pipeline.prompt)
+        self._settle_training()
+        self._settle_checkpoint()
+        super().prepare()
+        self._check_folder()
+        self._fit_to_checkpoint()
+
+    def _take_up(self, run: Path) -> None:
+        """Takes over the interrupted run."""
+        data, checkpoint = self.pipeline.datamanager.data, self.load_checkpoint
+        take_up(self, run, _OF_THIS_MACHINE)
+        self.pipeline.datamanager.data = data or self.pipeline.datamanager.data
+        self.load_checkpoint = checkpoint or self.load_checkpoint
+        if self.load_checkpoint is None or not self.load_checkpoint.is_file():
+            raise FileNotFoundError(
+                f"the scene of --resume {run} is not at {self.load_checkpoint} any more; set --load-checkpoint."
+            )
+
+    def _settle_training(self) -> None:
         if self.pipeline.preset != "default":
             self._apply_preset(self.pipeline.preset)
+        check_prior(self.pipeline.prior, self.pipeline.prompt)
+        if self.pipeline.mode == "distill":
+            self.steps_per_save = min(self.steps_per_save, DISTILL_STEPS_PER_SAVE)
         if self.machine.num_devices * self.machine.num_machines > 1:
             raise ValueError(
                 f"editing runs on one device; set --machine.num-devices 1, not {self.machine.num_devices}."
             )
+
+    def _settle_checkpoint(self) -> None:
+        """Takes over the pretrained run."""
         given = [name for name in ("load_run", "load_dir", "load_checkpoint") if getattr(self, name) is not None]
         if len(given) != 1:
             options = " and ".join("--" + name.replace("_", "-") for name in given) or "neither of them"
@@ -167,16 +195,22 @@ class EditTrainerConfig(SceneTrainerConfig):
         if self.load_run is not None:
             self.load_dir = self._take_over(self.load_run)
         if self.load_dir is not None:
-            self.load_checkpoint = find_checkpoint(self.load_dir, self.load_step).absolute()
+            self.load_checkpoint = find_checkpoint(self.load_dir, self.load_step)
+        assert self.load_checkpoint is not None
+        self.load_checkpoint = self.load_checkpoint.absolute()  # a resumed run need not begin in this folder
         # Kept in our config.yml they would send ns-eval and ns-render after the source's step.
         self.load_dir = self.load_step = None
-        super().prepare()
+
+    def _check_folder(self) -> None:
+        """Another run's folder is not written into."""
         if "{" not in self.timestamp and (self.get_base_dir() / "config.yml").is_file():
             raise ValueError(
                 f"there is a run in {self.get_base_dir()}; to go on with it set --resume to its config.yml, to begin "
                 "anew leave --timestamp out."
             )
 
+    def _fit_to_checkpoint(self) -> None:
+        """Sets what of the model the checkpoint decides."""
         assert self.load_checkpoint is not None
         state = read_checkpoint(self.load_checkpoint, mmap=True)
         model: SceneModelConfig | SplatModelConfig = self.pipeline.model  # type: ignore[assignment]
@@ -196,13 +230,31 @@ class EditTrainerConfig(SceneTrainerConfig):
             super().save_config()
 
     def _apply_preset(self, name: str) -> None:
-        self.pipeline.edit = dataclasses.replace(load_preset(name), seed=self.pipeline.edit.seed)
+        """What the user set wins: as far as can be told, what differs from the method's default."""
+        from nerfstudio.configs.method_configs import all_methods  # which imports this module
+
+        default: Any = all_methods[self.method_name]
+        edit = dataclasses.replace(load_preset(name), **_differing(self.pipeline.edit, default.pipeline.edit))
         scene = preset_of_scene(name)
-        self.max_num_iterations = scene.pop("max_num_iterations", self.max_num_iterations)
+        steps = scene.pop("max_num_iterations", self.max_num_iterations)
+        if self.max_num_iterations == default.max_num_iterations:
+            self._set_steps(steps)
+        given = _differing(self.pipeline, default.pipeline)
+        settings = {name: value for name, value in scene.items() if name not in given}
         try:
-            self.pipeline = dataclasses.replace(self.pipeline, **scene)  # type: ignore[assignment]
+            self.pipeline = dataclasses.replace(self.pipeline, edit=edit, **settings)  # type: ignore[assignment]
         except (TypeError, ValueError) as error:
             raise ValueError(f"preset {name} cannot be used: {error}") from error
+
+    def _set_steps(self, steps: int) -> None:
+        """Learning rates that decay over the whole run still do."""
+        optimizers = {}
+        for group, optimizer in self.optimizers.items():
+            schedule = optimizer["scheduler"]
+            if getattr(schedule, "max_steps", None) == self.max_num_iterations:
+                schedule = dataclasses.replace(schedule, max_steps=steps)
+            optimizers[group] = optimizer | {"scheduler": schedule}
+        self.optimizers, self.max_num_iterations = optimizers, steps
 
     def _settle_prompt(self) -> None:
         """`--prompt` is nerfstudio's alias of `--pipeline.model.prompt`; all three spellings mean the edit's prompt."""
@@ -232,6 +284,12 @@ class EditTrainerConfig(SceneTrainerConfig):
         if self.pipeline.source is None:
             self.pipeline.source = "current" if source.edited else "original"
         return source.checkpoints
+
+
+def _differing(config: Any, default: Any) -> dict[str, Any]:
+    """Fields of one config that are not those of another."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 _OF_THIS_MACHINE = frozenset(
@@ -284,17 +342,22 @@ class EditTrainer(SceneTrainer):
         try:
             super().train()
         except KeyboardInterrupt:
-            CONSOLE.print(
-                f"Interrupted. To go on: ns-train {self.config.method_name} --resume {self.base_dir / 'config.yml'}"
-            )
+            command = ["ns-train", self.config.method_name, "--resume", str(self.base_dir / "config.yml")]
+            CONSOLE.print(f"Interrupted. To go on: {shlex.join(command)}", soft_wrap=True, markup=False)
             raise
         finally:
             self.config.max_num_iterations = total
 
+    def _train_complete_viewer(self) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # how it is left, with nothing to go on with
+            super()._train_complete_viewer()
+
     def train_iteration(self, step: int) -> Any:
-        with self.pipeline.training_cost.counted(), self.pipeline.advising_on_memory():
+        device = self.pipeline.device
+        with self.pipeline.training_cost.counted(device), self.pipeline.advising_on_memory():
             result = super().train_iteration(step)
-        if not bool(result[0].isfinite()):
+            finite = bool(result[0].isfinite())  # here, for a GPU is waited for
+        if not finite:
             raise NonFiniteError(f"the loss is not finite at step {step}; {self._way_back()}")
         return result
 
@@ -304,7 +367,8 @@ class EditTrainer(SceneTrainer):
             raise NonFiniteError(f"the scene is not finite after step {step}; {self._way_back()}")
         folder = self.checkpoint_dir
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as unfinished:
+        # Not in that folder: nerfstudio takes every name there for a checkpoint, and a killed run leaves this one.
+        with tempfile.TemporaryDirectory(dir=self.base_dir, prefix=UNFINISHED) as unfinished:
             self.checkpoint_dir = Path(unfinished)
             try:
                 super().save_checkpoint(step)

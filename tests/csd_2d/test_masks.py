@@ -86,6 +86,7 @@ def test_masks_of_another_size_are_named(tmp_path):
     write_image(torch.zeros(3, 24, 40), tmp_path / "black.png")
     with pytest.raises(ValueError, match="black all over"):
         read_mask(tmp_path / "black.png", (24, 40))
+    assert not read_mask(tmp_path / "black.png", (24, 40), may_be_black=True).any()
 
 
 def test_masks_from_the_command_line(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What an edit leaves beside nerfstudio's files, what it says when it cannot go on, and edits of edited scenes."""
 
+import copy
 import json
 
 import pytest
@@ -13,10 +14,12 @@ from csd_2d.images import read_image
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.video import read_clip
 from csd_nerf import dataset_update
-from csd_nerf.artefacts import SHOWN, change
+from csd_nerf.artefacts import SHOWN, Cost, camera_path, change
 from csd_nerf.config import csd_edit
+from csd_nerf.model import SceneModel
 from csd_nerf.pipeline import CsdEditPipelineConfig, memory_advice
 from csd_nerf.scene import NerfactoViews
+from csd_nerf.trainer import EditTrainer
 from tests.csd_nerf.test_training import QUICK, checkpoint, edit_in_process, failing
 
 
@@ -92,11 +95,44 @@ def test_a_run_of_the_data_is_conditioned_on_the_originals(edit_run):
     assert yaml.load((edit_run / "config.yml").read_text(), Loader=yaml.Loader).pipeline.source == "original"
 
 
-def test_distill_shows_the_edited_views(scene_run, tmp_path, num_views):
+def test_distill_says_what_it_takes_and_shows_the_edited_views(scene_run, tmp_path, num_views, capsys):
     run = edit_in_process(tmp_path, 2, load_run=scene_run, pipeline__mode="distill")
+    assert "Distilling: 2 steps, up to" in " ".join(capsys.readouterr().out.split())
     paths = sorted((run / "edited").iterdir())
     assert len(paths) == num_views
     torch.testing.assert_close(read_image(paths[3]), views_of(run).render(3), atol=0.51 / 255, rtol=0)
+
+
+def test_nothing_is_rendered_while_a_viewer_may_render(scene_run, tmp_path, monkeypatch):
+    trainers, locked = [], []
+    setup, render = EditTrainer.setup, SceneModel.get_outputs_for_camera_ray_bundle
+    monkeypatch.setattr(EditTrainer, "setup", lambda self: trainers.append(self) or setup(self))
+
+    def observed(self, rays):
+        locked.append(trainers[0].train_lock.locked())
+        return render(self, rays)
+
+    monkeypatch.setattr(SceneModel, "get_outputs_for_camera_ray_bundle", observed)
+    edit_in_process(tmp_path, 2, load_run=scene_run, pipeline__source="current")
+    assert len(locked) > 20 and all(locked)
+
+
+def test_a_scene_of_a_single_view_is_filmed(scene_run):
+    cameras = views_of(scene_run).cameras[:1]
+    path = camera_path(cameras, 5)
+    assert len(path) == 5
+    for pose in path.camera_to_worlds:
+        torch.testing.assert_close(pose, cameras.camera_to_worlds[0].to(pose), atol=1e-5, rtol=0)
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_counts_its_own_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    cost = Cost()
+    with cost.counted(torch.device("cpu")):
+        pass
+    assert cost.peak_memory_mb > 50
 
 
 def test_change_outside_a_solid_is_measured_and_its_masks_are_kept(scene_run, tmp_path, num_views):
@@ -152,13 +188,25 @@ def test_presets_of_scenes(preset, expected, scene_run):
     config.pipeline = CsdEditPipelineConfig(**{**vars(config.pipeline), "preset": preset, "prior": "analytic"})
     config.prepare()
     assert {name: getattr(config.pipeline, name) for name in expected} == expected
-    assert config.max_num_iterations == (3000 if preset == "fast" else 30000)
+    steps = 3000 if preset == "fast" else 30000
+    assert config.max_num_iterations == steps
+    assert all(optimizer["scheduler"].max_steps == steps for optimizer in config.optimizers.values())
+    assert csd_edit.config.optimizers["fields"]["scheduler"].max_steps == 30000
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("distill", 250), ("dataset-update", 2000)])
+def test_slow_steps_are_saved_more_often(mode, steps, scene_run):
+    config = copy.deepcopy(csd_edit.config)
+    config.load_run, config.pipeline.mode = scene_run, mode  # type: ignore[attr-defined]
+    config.pipeline.prompt, config.pipeline.prior = "make it night", "analytic"  # type: ignore[attr-defined]
+    config.prepare()  # type: ignore[attr-defined]
+    assert config.steps_per_save == steps
 
 
 def test_presets_of_scenes_that_cannot_be(scene_run, tmp_path):
     for settings, message in {
         "{scene: {nothing: 1}}": "cannot be used",
-        "{scene: {views_per_round: -1}}": "views_per_round must be at least 0",
+        "{scene: {micro_batch: 0}}": "micro_batch must be at least 1",
         "{scene: 7}": "scene must hold settings, got 7",
     }.items():
         path = tmp_path / "own.yaml"

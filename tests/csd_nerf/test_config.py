@@ -32,13 +32,6 @@ def test_viewer_listens_on_loopback_and_nothing_is_sent_to_wandb(specification):
     assert specification.config.vis == "viewer"
 
 
-@pytest.mark.parametrize("specification", [csd_edit, csd_edit_tiny])
-def test_poses_and_anneal_are_off_when_editing(specification):
-    model = specification.config.pipeline.model
-    assert model.camera_optimizer.mode == "off"
-    assert not model.use_proposal_weight_anneal
-
-
 def test_entry_point_does_not_load_a_diffusion_model():
     code = "import csd_nerf.config, sys; print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -69,6 +62,20 @@ def test_gaussians_are_split_on_demand_and_not_in_distill(capsys):
     with pytest.raises(SystemExit):
         parse("--pipeline.mode", "distill", *split, config=csd_edit_splat.config)
     assert "Gaussians cannot be split in distill" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "message"),
+    [
+        (csd_edit_splat.config, ["--pipeline.datamanager.train-cameras-sampling-strategy", "fps"], "at random"),
+        (csd_edit.config, ["--pipeline.edit.transport", "both"], "transport is for videos and panoramas"),
+        (csd_edit.config, ["--pipeline.model.use-proposal-weight-anneal"], "flatten the proposal weights"),
+    ],
+)
+def test_options_that_cannot_be_in_an_edit(config, args, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(*args, config=config)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

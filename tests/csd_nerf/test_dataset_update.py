@@ -47,7 +47,8 @@ class FakeViews:
 
 def make(views: FakeViews, folder: Path, views_per_round: int = 3, seed: int = 1, load=lambda: load_prior("analytic")):
     edit = EditConfig(steps=30, seed=seed)
-    return DatasetUpdate(views, views.original, load, "make it night", edit, views_per_round, "random", folder)  # type: ignore[arg-type]
+    drawn = {"views_per_round": views_per_round, "selection": "random"}
+    return DatasetUpdate(views, views.original, load, "make it night", edit, folder=folder, **drawn)  # type: ignore[arg-type]
 
 
 def test_every_view_has_its_turn_before_any_repeats(tmp_path):
@@ -104,9 +105,16 @@ def test_prior_is_loaded_at_the_first_round_and_once(tmp_path):
     assert loaded == [1]
 
 
+@pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize(("lr", "warned"), [(1e-6, True), (1.0, False)])
-def test_an_edit_that_does_nothing_is_said_once(tmp_path, capsys, lr, warned):
-    update = make(FakeViews(), tmp_path)
+def test_an_edit_that_does_nothing_is_said_once(tmp_path, capsys, lr, warned, local):
+    views = FakeViews()
+    update = make(views, tmp_path)
+    if local:
+        corners = [torch.zeros_like(views.original(i)[:1]) for i in range(NUM_VIEWS)]
+        for mask in corners:
+            mask[:, :1, :1] = 1
+        update._load_masks = lambda: corners
     update._config = EditConfig(steps=30, lr=lr, seed=1)
     update.run_round(0)
     assert ("changed the views by" in capsys.readouterr().out) == warned

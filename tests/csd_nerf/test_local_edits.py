@@ -1,5 +1,7 @@
 """Local edits of a scene: which pixels change, and that no other does."""
 
+import re
+
 import pytest
 import torch
 from nerfstudio.utils.eval_utils import eval_setup
@@ -19,7 +21,7 @@ def views(scene_run):
 
 def test_surfaces_lie_on_the_rays_at_the_rendered_depth(views):
     points = views.surface(2)
-    camera = views.cameras[2:3]
+    camera = views.cameras[2:3].to("cpu")
     rays = camera.generate_rays(camera_indices=0, keep_shape=True)
     towards = points.permute(1, 2, 0) - rays.origins
     depth = views._model.get_outputs_for_camera(camera)["depth"]
@@ -36,8 +38,12 @@ def test_solids_hold_what_lies_in_them(views):
     ball = masks_of_solid(views, (x, y, z, radius), feather=0)
     expected = distances <= radius
     assert torch.equal(torch.stack(ball)[:, 0].bool(), expected) and expected.any() and not expected.all()
-    with pytest.raises(ValueError, match="nothing that the views show lies in"):
+    with pytest.raises(ValueError, match="nothing that the views show lies in") as error:
         masks_of_solid(views, (100, 100, 100, 101, 101, 101), feather=0)
+    ranges = re.findall(r"[xyz] (\S+) to (\S+),", str(error.value))
+    for axis, (low, high) in zip(points.unbind(1), ranges, strict=True):
+        assert (axis < float(low)).float().mean() == pytest.approx(0.05, abs=0.01)
+        assert (axis > float(high)).float().mean() == pytest.approx(0.05, abs=0.01)
 
 
 def test_training_images_stay_outside_the_mask_and_are_edited_inside(scene_run, views, tmp_path):
@@ -55,6 +61,17 @@ def test_training_images_stay_outside_the_mask_and_are_edited_inside(scene_run, 
         assert torch.equal(image[:, 12:], original[:, 12:])
         (night,) = AnalyticPrior().answers("make it night", original[None])
         assert (image - night[0])[:, :12].abs().mean() < 0.02
+
+
+def test_views_that_do_not_show_what_is_edited_have_black_masks(scene_run, views, tmp_path):
+    masks = tmp_path / "masks"
+    for i in range(len(views)):
+        write_image(torch.full_like(views.original(i), float(i == 2)), masks / f"{views.filename(i).stem}.png")
+    run = edit_in_process(tmp_path / "out", 1, load_run=scene_run, pipeline__masks=masks, pipeline__views_per_round=0)
+    for i, path in enumerate(sorted((run / "edited").iterdir())):
+        assert torch.equal(read_image(path), views.original(i)) == (i != 2)
+    (masks / f"{views.filename(2).stem}.png").write_bytes((masks / f"{views.filename(0).stem}.png").read_bytes())
+    assert "all masks in" in failing(tmp_path / "black", load_run=scene_run, pipeline__masks=masks)
 
 
 def test_masks_that_cannot_be_are_named(scene_run, views, tmp_path):

@@ -14,10 +14,10 @@ from csd_nerf.procedural_scene import (
     ELEVATIONS,
     NEAR_PLANE,
     ORBIT_RADII,
+    Ball,
     Frustum,
     Polyhedron,
     Shape,
-    Sphere,
     intrinsics,
     look_at,
     orbit,
@@ -29,7 +29,7 @@ from csd_nerf.procedural_scene import (
 SIZE = (48, 36)
 CUBE = Polyhedron(tuple(((x, y, z), 0.4) for x, y, z in (*torch.eye(3).tolist(), *(-torch.eye(3)).tolist())))
 SHAPES = [
-    Sphere((0.1, 0.2, -0.1), 0.5),
+    Ball((0.1, 0.2, -0.1), 0.5),
     Frustum((0.1, -0.1), -0.3, 0.4, 0.5, 0.2),
     Frustum((0, 0), 0, 0.5, 0.4, 0),
     CUBE,
@@ -38,7 +38,7 @@ SHAPES = [
 
 def inside(shape: Shape, points: Tensor) -> Tensor:
     """Membership, written down independently of the intersections."""
-    if isinstance(shape, Sphere):
+    if isinstance(shape, Ball):
         return (points - torch.tensor(shape.center)).norm(dim=1) < shape.radius
     if isinstance(shape, Frustum):
         share = (points[:, 2] - shape.bottom) / (shape.top - shape.bottom)
@@ -131,7 +131,7 @@ def test_a_point_is_seen_where_the_intrinsics_project_it(camera: Tensor, monkeyp
 
     def render(albedo: float) -> Tensor:
         # Albedos so extreme that clamping makes the sphere uniform, whatever the light.
-        sphere = (Sphere(center, 0.06), lambda points, _: torch.full_like(points, albedo))
+        sphere = (Ball(center, 0.06), lambda points, _: torch.full_like(points, albedo))
         monkeypatch.setattr(procedural_scene, "_OBJECTS", [sphere])
         return render_view(camera, SIZE, supersampling=8)
 

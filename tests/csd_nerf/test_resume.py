@@ -1,5 +1,6 @@
 """Runs that are killed and go on: bit for bit what they would have been."""
 
+import json
 import multiprocessing
 import random
 import re
@@ -79,6 +80,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(mode, points, scene_run, tmp_pa
     for point in range(points):
         output = tmp_path / str(point)
         in_child(1 + point * (events - 1) // points, output, settings)
+        # nerfstudio takes the rest of each name for a step's number.
+        saved = run_folder(output).glob("nerfstudio_models/*")
+        assert all(path.name.startswith("step-") for path in saved), point
         run = resume(run_folder(output))
         assert run == run_folder(output) and not (run / "nowhere").exists()
         resumed, resumed_pictures = result(run)
@@ -151,6 +155,23 @@ def test_a_run_that_was_moved_is_resumed_where_it_lies(interrupted, tmp_path):
     interrupted.rename(moved)
     assert resume(moved, pipeline__micro_batch=2) == moved
     assert (moved / "nerfstudio_models" / "step-000000007.ckpt").is_file()
+
+
+def test_a_source_that_was_moved_is_missed_at_once_and_can_be_given(interrupted, scene_run, tmp_path):
+    path = interrupted / "config.yml"
+    scene = yaml.load(path.read_text(), Loader=yaml.Loader).load_checkpoint
+    path.write_text(path.read_text().replace(scene.name, "gone.ckpt"))
+    assert re.search(r"is not at /.*gone.ckpt any more; set --load-checkpoint", failing(interrupted))
+    run = resume(interrupted, load_checkpoint=scene)
+    assert json.loads((run / "edit.json").read_text())["scene"] == str(scene)
+
+
+def test_a_scene_given_from_here_is_found_from_elsewhere(scene_run, scene_data, tmp_path, monkeypatch):
+    (scene,) = scene_run.glob("nerfstudio_models/*.ckpt")
+    monkeypatch.chdir(scene.parent)
+    settings = options(scene_run, "dataset-update") | {"load_run": None, "load_checkpoint": Path(scene.name)}
+    run = train_in_process("csd-edit-tiny", tmp_path, 1, pipeline__datamanager__data=scene_data, **settings)
+    assert yaml.load((run / "config.yml").read_text(), Loader=yaml.Loader).load_checkpoint == scene
 
 
 def test_nothing_in_the_config_is_executed(interrupted, tmp_path):

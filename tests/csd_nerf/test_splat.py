@@ -23,6 +23,7 @@ from PIL import Image
 from csd_2d import EditConfig
 from csd_2d.images import read_image
 from csd_2d.priors.analytic import AnalyticPrior
+from csd_nerf.artefacts import Artefacts
 from csd_nerf.distill import SceneParticles
 from csd_nerf.masks import masks_of_solid
 from csd_nerf.pipeline import CsdEditPipeline, CsdEditPipelineConfig, training_views
@@ -231,17 +232,37 @@ def test_the_edit_starts_from_the_scene_and_its_harmonics(stock_run, device, tmp
     assert set(degrees) == {1}
 
 
+def test_a_checkpoint_without_lpips_is_trained_all_the_same(stock_run, device, tmp_path):
+    shutil.copytree(stock_run, tmp_path / "stock")
+    (path,) = (tmp_path / "stock").glob("nerfstudio_models/*.ckpt")
+    saved = torch.load(path, weights_only=True)
+    saved["pipeline"] = {name: tensor for name, tensor in saved["pipeline"].items() if "lpips" not in name}
+    torch.save(saved, path)
+    run = edit(tmp_path, device, 2, load_run=tmp_path / "stock")
+    colors = "_model.gauss_params.features_dc"
+    assert not torch.equal(state(run)[colors], state(stock_run)[colors])
+
+
+def splitting(stock_run: Path, data: Path, refine_every: int) -> dict:
+    """Options under which all Gaussians are split, every few steps, up to step 10."""
+    model = {
+        "sh_degree": 1,
+        "stop_split_at": 10,
+        "warmup_length": 2,
+        "refine_every": refine_every,
+        "densify_grad_thresh": 0.0,
+        "cull_alpha_thresh": 0.0,
+    }
+    return {
+        "load_dir": stock_run / "nerfstudio_models",
+        "pipeline__datamanager__data": data,
+        **{f"pipeline__model__{name}": value for name, value in model.items()},
+    }
+
+
 def test_gaussians_are_split_if_asked(stock_run, scene_data, device, tmp_path):
-    model = {"sh_degree": 1, "stop_split_at": 10, "warmup_length": 2, "refine_every": 4, "densify_grad_thresh": 0.0}
-    run = edit(
-        tmp_path,
-        device,
-        12,
-        load_dir=stock_run / "nerfstudio_models",
-        pipeline__datamanager__data=scene_data,
-        optimizers=learning_rates(features_dc=0.01),
-        **{f"pipeline__model__{name}": value for name, value in (model | {"cull_alpha_thresh": 0.0}).items()},
-    )
+    rates = learning_rates(features_dc=0.01)
+    run = edit(tmp_path, device, 12, optimizers=rates, **splitting(stock_run, scene_data, refine_every=4))
     before, after = state(stock_run), state(run)
     assert len(after[MEANS]) > len(before[MEANS])
     opacities = "_model.gauss_params.opacities"
@@ -282,8 +303,13 @@ def test_renders_have_neither_the_crop_nor_the_background_of_a_viewer(pipeline):
     assert torch.equal(views.render(2), before)
     assert torch.equal(views.render_with_gradient(2).detach().cpu(), before)
     assert model.crop_box is box and (model.background_color == 1).all() and model.training
-    model.set_crop(None)
-    model.set_background(views._background)
+    artefacts = Artefacts(pipeline, views, views.original, Path(), None)
+    films = []
+    for background in (torch.ones(3), views._background):
+        model.set_crop(None)
+        model.set_background(background.to(model.device))
+        films.append(artefacts._seen([], views.cameras[2:3])[1][0])
+    assert torch.equal(*films)
 
 
 def test_renders_are_from_tuned_poses(scene_data, device):
@@ -294,7 +320,8 @@ def test_renders_are_from_tuned_poses(scene_data, device):
     camera = copy.deepcopy(pipeline.datamanager.train_cameras[2:3])
     pipeline.eval()
     elsewhere = pipeline.model.get_outputs_for_camera(camera)["rgb"].permute(2, 0, 1).cpu()
-    camera.camera_to_worlds = camera.camera_to_worlds + torch.tensor([[0, 0, 0, 0.1], [0] * 4, [0] * 4])
+    step = torch.tensor([[0, 0, 0, 0.1], [0] * 4, [0] * 4])
+    camera.camera_to_worlds = camera.camera_to_worlds + step.to(camera.camera_to_worlds)
     expected = pipeline.model.get_outputs_for_camera(camera)["rgb"].permute(2, 0, 1).cpu()
     torch.testing.assert_close(views.render(2), expected, atol=1e-4, rtol=0)
     assert not torch.allclose(views.render(2), elsewhere, atol=1e-2)
@@ -407,8 +434,10 @@ def test_only_what_lies_in_a_sphere_is_edited(stock_run, pipeline, device, tmp_p
         assert not inside.any() or (image - night[0])[inside].abs().mean() < 0.03
 
 
-def test_an_interrupted_run_ends_as_if_it_had_not_been(stock_run, device, tmp_path):
-    options = {"load_run": stock_run, "pipeline__steps_per_round": 3, "pipeline__views_per_round": 3}
+def test_an_interrupted_run_ends_as_if_it_had_not_been(stock_run, scene_data, device, tmp_path):
+    # What is split in step 6 was counted before the interruption, too.
+    options = splitting(stock_run, scene_data, refine_every=6)
+    options |= {"pipeline__steps_per_round": 3, "pipeline__views_per_round": 3}
     whole = state(edit(tmp_path / "whole", device, 8, **options))
     part = edit(tmp_path / "part", device, 5, **options)
     config = part / "config.yml"
@@ -417,9 +446,18 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(stock_run, device, tmp_pa
     tolerance = 0 if device == "cpu" else 1e-3  # the rasteriser's sums are in no fixed order on a GPU
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, atol=tolerance, rtol=tolerance)
-    assert not torch.equal(
-        whole["_model.gauss_params.features_dc"], state(stock_run)["_model.gauss_params.features_dc"]
-    )
+    assert len(whole[MEANS]) > len(state(stock_run)[MEANS])
+
+
+def test_what_densification_has_counted_goes_to_the_models_device(scene_data, device):
+    pipeline = make_pipeline(scene_data, device)
+    views = training_views(pipeline)
+    saved = views.training_state()
+    saved["densification"] = {"grad2d": torch.zeros(5), "scene_scale": 1.0}
+    pipeline.model.to("meta")  # stands for a GPU
+    views.load_training_state(saved)
+    counted = pipeline.model.strategy_state
+    assert counted["grad2d"].device.type == "meta" and counted["scene_scale"] == 1.0
 
 
 def failing(method: str, output: Path, **options) -> str:

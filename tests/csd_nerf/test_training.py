@@ -1,14 +1,19 @@
 """Whole runs within this process: what a run takes over, what it leaves, and how it fails."""
 
+import json
 import os
+import shlex
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from nerfstudio.configs.base_config import ViewerConfig
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.engine.trainer import Trainer
 from nerfstudio.utils.eval_utils import eval_setup
 
 from csd_2d import EditConfig, load_prior
@@ -81,10 +86,6 @@ def test_steps_start_at_zero_and_optimisers_fresh(edit_run, scene_run):
     assert saved["step"] == 5
     assert saved["optimizers"]["fields"]["state"][0]["step"] == 6
     assert checkpoint(scene_run)["step"] == 29
-
-
-def test_prior_is_not_in_the_checkpoint(scene_run, edit_run):
-    assert checkpoint(edit_run)["pipeline"].keys() == checkpoint(scene_run)["pipeline"].keys()
 
 
 def test_evaluation_does_not_load_the_prior(edit_run, monkeypatch):
@@ -228,6 +229,15 @@ def test_corrupt_image(scene_run, scene_data, tmp_path):
     assert "frame_0000.png cannot be read as an image" in message
 
 
+@pytest.mark.parametrize("solid", [{}, {"pipeline__sphere": (0.0, 0.0, 0.0, 100.0)}])
+def test_a_run_that_cannot_have_its_model_takes_back_what_it_wrote(solid, scene_run, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("the model cannot be downloaded")
+
+    monkeypatch.setattr(pipeline_module, "load_prior", unreachable)
+    assert "cannot be downloaded" in failing(tmp_path, load_run=scene_run, pipeline__source="current", **solid)
+
+
 def test_unwritable_output(scene_run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as end:
@@ -272,6 +282,54 @@ def test_presets_replace_the_settings_of_the_edit(scene_run, tmp_path):
     edit = yaml.load((run / "config.yml").read_text(), Loader=yaml.Loader).pipeline.edit
     assert edit.kernel_input == "noisy" and edit.lr == 2.0
     assert "unknown preset" in failing(tmp_path / "other", load_run=scene_run, pipeline__preset="nope")
+
+
+def test_the_cost_of_a_step_ends_when_its_loss_is_there(scene_run, tmp_path, monkeypatch):
+    class Pending(torch.Tensor):
+        """As on a GPU, which is waited for when a value is asked for."""
+
+        def isfinite(self) -> torch.Tensor:
+            time.sleep(1)
+            return super().isfinite()
+
+    train_iteration = Trainer.train_iteration
+
+    def started(*args):
+        loss, *rest = train_iteration(*args)
+        return loss.as_subclass(Pending), *rest
+
+    monkeypatch.setattr(Trainer, "train_iteration", started)
+    run = edit_in_process(tmp_path, 1, load_run=scene_run)
+    assert json.loads((run / "edit.json").read_text())["costs"]["training"]["seconds"] >= 1
+
+
+def interrupting(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_says_how_to_go_on_in_one_line(scene_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "train_iteration", interrupting)
+    edit_in_process(tmp_path / ("a [long] name " * 8), load_run=scene_run)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Interrupted" in line]
+    config = Path(shlex.split(line.partition("ns-train ")[2])[-1])
+    assert config.is_file()
+
+
+def test_a_finished_run_whose_viewer_is_left_is_not_an_interrupted_one(scene_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "_train_complete_viewer", interrupting)  # it waits for Ctrl-C
+    run = edit_in_process(tmp_path, 1, load_run=scene_run, viewer=ViewerConfig(quit_on_train_completion=False))
+    assert (run / "edit.json").is_file() and "Interrupted" not in capsys.readouterr().out
+
+
+def test_options_win_over_the_preset(scene_run, tmp_path):
+    preset = tmp_path / "own.yaml"
+    preset.write_text("{lr: 2.0, svgd: false, scene: {views_per_round: 3, film_frames: 5, max_num_iterations: 4}}")
+    options = {"pipeline__edit": EditConfig(steps=20, svgd=True, lr=0.5), "pipeline__views_per_round": 2}
+    run = edit_in_process(tmp_path, 1, load_run=scene_run, pipeline__preset=str(preset), **options)
+    config = yaml.load((run / "config.yml").read_text(), Loader=yaml.Loader)
+    assert config.max_num_iterations == 1 and config.pipeline.views_per_round == config.pipeline.film_frames == 2
+    # What is the method's default cannot be told from what was not given.
+    assert config.pipeline.edit == EditConfig(steps=20, svgd=False, lr=0.5)
 
 
 def test_several_devices_are_refused(scene_run, tmp_path):
