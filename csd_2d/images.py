@@ -99,15 +99,19 @@ def read_mask(
         may_be_black: all over; for one of many images, which need not show what is edited.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_image`; also if it has another size, or is black all over.
+        FileNotFoundError, ValueError: as `read_image` and `feathered`; also if it has another size, or is black.
     """
     mask = read_image(path).mean(0, keepdim=True)
     if mask.shape[-2:] != size:
         height, width = mask.shape[-2:]
         raise ValueError(f"mask {path} is {width}x{height} px, the image {size[1]}x{size[0]} px; they must be alike.")
+    mask = feathered(mask, feather)
     if not may_be_black and not mask.any():
-        raise ValueError(f"mask {path} is black all over, which leaves nothing to edit; white is what may change.")
-    return feathered(mask, feather)
+        raise ValueError(
+            f"mask {path} is black all over, or nowhere wider than its soft border, so that nothing is left to edit; "
+            "white is what may change."
+        )
+    return mask
 
 
 def feathered(mask: Float[Tensor, "1 H W"], radius: float) -> Float[Tensor, "1 H W"]:

@@ -132,8 +132,8 @@ def edit_video(
         (`csd_2d.ranks`) the first's.
 
     Raises:
-        ValueError: if there are no frames, if masks do not fit them, if they differ in size and there are to be
-            keyframes, or as `edit` raises.
+        ValueError: if there are no frames, if masks do not fit them or are all black, if frames differ in size and are
+            to have keyframes, or as `edit` raises.
         ImportError: if optical flow is needed and cannot be estimated.
     """
     sizes = clip.sizes
@@ -212,6 +212,7 @@ def _encoded(
     source, condition, start, allowed = (TensorFile(scratch) for _ in range(4))
     held = ranks.held(len(keys))
     keyed = set(keys[held.start : held.stop])
+    changes = masks is None
     bar = tqdm(frames, "reading", disable=progress is None, leave=False, unit="frame")
     for index, (frame, mask) in enumerate(zip(bar, [None] * len(frames) if masks is None else masks, strict=True)):
         if index not in keyed:
@@ -224,7 +225,11 @@ def _encoded(
         if mask is not None:
             if mask.shape[1:] != frame.shape[1:]:
                 raise ValueError("there must be one mask for each frame, of its size.")
-            allowed.append(cell_mask(pad(mask[None], *size), prior.cell)[0])
+            cells = cell_mask(pad(mask[None], *size), prior.cell)[0]
+            allowed.append(cells)
+            changes = changes or bool(cells.any())
+    if not any(ranks.of_each(changes)):
+        raise ValueError("the masks are black all over, which leaves nothing to edit; white is what may change.")
     return MappedStack(
         source,
         condition,
@@ -326,7 +331,7 @@ def _read_folder(path: Path, start: float, end: float | None) -> Clip:
 def read_masks(path: Path, clip: Clip, feather: float) -> Sequence[Float[Tensor, "1 H W"]]:
     """One mask for all frames, or a folder with one for each, in the frames' order; see `csd_2d.images.read_mask`.
 
-    Those of a folder are `Streamed`.
+    Those of a folder are `Streamed`, and may be black for frames that do not show what is edited.
 
     Raises:
         ValueError: if a folder holds more or fewer masks than there are frames, or as `read_mask` raises.
@@ -338,7 +343,8 @@ def read_masks(path: Path, clip: Clip, feather: float) -> Sequence[Float[Tensor,
     files = _image_files(path)
     if len(files) != len(sizes):
         raise ValueError(f"folder {path} holds {len(files)} masks for {len(sizes)} frames.")
-    return Streamed(sizes, lambda: (read_mask(file, size, feather) for file, size in zip(files, sizes, strict=True)))
+    pairs = list(zip(files, sizes, strict=True))
+    return Streamed(sizes, lambda: (read_mask(file, size, feather, may_be_black=True) for file, size in pairs))
 
 
 def _image_files(folder: Path) -> list[Path]:

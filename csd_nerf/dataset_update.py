@@ -90,6 +90,7 @@ class DatasetUpdate:
                 raise ValueError(f"{folder} is missing, which the run has learned from already; begin a new run.")
             self._edit(number, drawn, folder, label)
         self._check(folder, drawn)
+        _unfinished(folder).unlink(missing_ok=True)
         for index in drawn:
             name = f"{self._views.name(index)}.png"
             image = read_image(folder / name)
@@ -108,15 +109,16 @@ class DatasetUpdate:
         if self._prior is None:
             self._prior = self._load_prior()
         cost = Cost()
-        with cost.counted(self._prior.device):
-            edited = self._edit_together(number, drawn, label)
+        # nerfstudio lets cuDNN try which algorithm is fastest; an interrupted round knows its sources by their bits.
+        with cost.counted(self._prior.device), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+            edited = self._edit_together(number, drawn, label, _unfinished(folder))
         with replacing(folder) as unfinished:
             for index, image in zip(drawn, edited, strict=True):
                 write_image(image, unfinished / f"{self._views.name(index)}.png")
             record = {"views": drawn, "data": self._data, "cost": cost.rounded()}
             (unfinished / "round.json").write_text(json.dumps(record), encoding="utf-8")
 
-    def _edit_together(self, number: int, drawn: list[int], label: str) -> list[Tensor]:
+    def _edit_together(self, number: int, drawn: list[int], label: str, state: Path) -> list[Tensor]:
         assert self._prior is not None
         start = [self._views.render(index) for index in drawn]
         masks = None if self._masks is None else [self._masks[index] for index in drawn]
@@ -128,7 +130,7 @@ class DatasetUpdate:
             start=start,
             masks=masks,
             progress=label,
-            resume=self._rounds / f"{number:03d}.part",
+            resume=state,
         )
         if number == 0 and (masks is None or any(bool(mask.any()) for mask in masks)):
             self._warn_of_no_change(change(start, edited, masks))
@@ -155,6 +157,11 @@ class DatasetUpdate:
                 f"the prompt '{self._prompt}' ask for something the model can do? A higher "
                 "--pipeline.edit.guidance-scale or more --pipeline.edit.steps make it stronger."
             )
+
+
+def _unfinished(folder: Path) -> Path:
+    """Where the state of a round's edit is kept until the round's folder is there."""
+    return folder.with_suffix(".part")
 
 
 def time_left(rounds: list[Cost], count: int, training: Cost, step: int, steps: int) -> str:

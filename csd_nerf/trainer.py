@@ -233,7 +233,7 @@ class EditTrainerConfig(SceneTrainerConfig):
         """What the user set wins: as far as can be told, what differs from the method's default."""
         from nerfstudio.configs.method_configs import all_methods  # which imports this module
 
-        default: Any = all_methods[self.method_name]
+        default: Any = all_methods.get(self.method_name, self)
         edit = dataclasses.replace(load_preset(name), **_differing(self.pipeline.edit, default.pipeline.edit))
         scene = preset_of_scene(name)
         steps = scene.pop("max_num_iterations", self.max_num_iterations)

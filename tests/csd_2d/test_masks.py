@@ -9,7 +9,7 @@ from csd_2d.cli import main
 from csd_2d.images import edit_images, feathered, read_image, read_mask, write_image
 from csd_2d.panorama import edit_panorama
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.video import Clip, read_clip, write_clip
+from csd_2d.video import Clip, edit_video, read_clip, read_masks, write_clip
 from tests.csd_2d.test_cli import NIGHT
 
 
@@ -87,6 +87,24 @@ def test_masks_of_another_size_are_named(tmp_path):
     with pytest.raises(ValueError, match="black all over"):
         read_mask(tmp_path / "black.png", (24, 40))
     assert not read_mask(tmp_path / "black.png", (24, 40), may_be_black=True).any()
+    line = torch.zeros(3, 24, 40)
+    line[:, 10:12] = 1
+    write_image(line, tmp_path / "line.png")
+    assert read_mask(tmp_path / "line.png", (24, 40)).any()
+    with pytest.raises(ValueError, match="nowhere wider than its soft border"):
+        read_mask(tmp_path / "line.png", (24, 40), feather=4)
+
+
+def test_single_frames_may_show_nothing_of_what_is_edited(tmp_path):
+    folder, frames = tmp_path / "masks", [picture(), picture()]
+    for name, mask in (("0.png", left_half().expand(3, -1, -1)), ("1.png", torch.zeros(3, 24, 40))):
+        write_image(mask, folder / name)
+    clip = Clip(frames)
+    masks = read_masks(folder, clip, feather=0)
+    edited = edit_video(clip, load_prior("analytic"), "invert the colors", EditConfig(steps=5), masks).frames
+    assert not torch.equal(edited[0], frames[0]) and torch.equal(edited[1], frames[1])
+    with pytest.raises(ValueError, match="masks are black all over"):
+        edit_video(clip, load_prior("analytic"), "invert the colors", masks=[torch.zeros(1, 24, 40)] * 2)
 
 
 def test_masks_from_the_command_line(tmp_path, capsys):
