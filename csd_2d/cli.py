@@ -249,7 +249,7 @@ class Video:
             before, after = flicker(source.frames, edited.frames, len(source.frames), device=device)
         except ImportError:  # no optical flow
             return
-        hint = "; --keyframes 4 lowers it" if after > before and self.keyframes == 1 else ""
+        hint = "; --transport both lowers it, and --keyframes 4" if after > before and self.keyframes == 1 else ""
         print(f"flicker: {after:.1f} grey levels, the source's {before:.1f}{hint}")
 
 

@@ -121,13 +121,16 @@ def svgd_direction(
     normalize_rows: bool = False,
     transport: Transport | None = None,
     rows: Sequence[int] | slice = slice(None),
+    changes: Float[Tensor, "n ..."] | None = None,
 ) -> Float[Tensor, "m ..."]:
     """Stein variational ascent direction: particles move along +phi.
 
     phi_i = (1/N) sum_j [k(x_j, x_i) s_j + grad_{x_j} k(x_j, x_i)]   (Liu & Wang 2016, eq. 8; CSD eq. 6)
 
     With a transport T, place p of particle i hears what the others say of the same thing, where they show it: s_j(p)
-    and x_j(p) become T_ji(s_j)(p) and T_ji(x_j)(p), and the terms in which place p is not valid are left out.
+    and x_j(p) become T_ji(s_j)(p) and T_ji(x_j)(p), and the terms in which place p is not valid are left out. Mixed
+    scores correct what all particles have wrong together, but no particle's own deviation from the others. With
+    `changes` c what is mixed is therefore where the scores point, seen from the receiver: T_ji(s_j + c_j) - c_i.
 
     Args:
         scores: s_j, one per particle, any trailing shape.
@@ -137,6 +140,7 @@ def svgd_direction(
             With a transport by the sum, or the number, of the terms that are valid in each place.
         transport: see `Transport`; scores and particles are then (n, c, h, w). Default: same pixel, same place.
         rows: the i whose phi is computed. Default: all.
+        changes: with a transport, how far each particle is from its source, in the units of its score. Default: 0.
 
     Returns:
         phi, in the shape and dtype of `scores`. N = 1 returns the score itself.
@@ -165,8 +169,9 @@ def svgd_direction(
     if transport is not None:
         receivers = range(len(x))[rows] if isinstance(rows, slice) else rows
         s, x = s.view_as(scores), x.view_as(particles)
+        c = torch.zeros_like(s) if changes is None else changes.to(dtype)
         pairs = zip(receivers, gram, slope, strict=True)
-        moved = [_moved_row(s, x, weights, slopes, normalize_rows, transport, i) for i, weights, slopes in pairs]
+        moved = [_moved_row(s, x, c, weights, slopes, normalize_rows, transport, i) for i, weights, slopes in pairs]
         return torch.stack(moved).to(scores.dtype) if moved else scores[:0]
     norm = gram.sum(1, keepdim=True) if normalize_rows else len(x)
     repulsion = slope.sum(1, keepdim=True) * mine - slope @ x
@@ -176,6 +181,7 @@ def svgd_direction(
 def _moved_row(
     scores: Float[Tensor, "n c h w"],
     particles: Float[Tensor, "n c h w"],
+    changes: Float[Tensor, "n c h w"],
     gram: Float[Tensor, " n"],
     slope: Float[Tensor, " n"],
     normalize_rows: bool,
@@ -183,12 +189,12 @@ def _moved_row(
     receiver: int,
 ) -> Float[Tensor, "c h w"]:
     """phi of one particle; one at a time, so that memory stays O(N d)."""
-    moved, valid = transport(torch.cat([scores, particles], 1), receiver)
-    s, x = moved.chunk(2, 1)
+    moved, valid = transport(torch.cat([scores + changes, particles], 1), receiver)
+    aim, x = moved.chunk(2, 1)
     weights = gram[:, None, None, None] * valid
     repulsion = (slope[:, None, None, None] * valid * (particles[receiver] - x)).sum(0)
     norm = (weights if normalize_rows else valid).sum(0)
-    return ((weights * s).sum(0) + repulsion) / norm
+    return ((weights * (aim - changes[receiver])).sum(0) + repulsion) / norm
 
 
 def surrogate_loss(

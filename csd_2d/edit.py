@@ -73,8 +73,9 @@ class EditConfig:
     """Latents the kernel compares: x_0, x_0 without detail (`low_pass`), or x_t as published. Independent noise hides
     what the images show."""
     transport: Literal["off", "first", "second", "both"] = "off"
-    """Phases in which scores are moved to where the receiver shows the same thing before they are mixed, as far as that
-    is known: between frames of a video (optical flow) and crops of a panorama. Makes a video flicker less."""
+    """Phases in which the changes that scores ask for are moved to where the receiver shows the same thing before they
+    are mixed, as far as that is known: between frames of a video (optical flow) and crops of a panorama. Makes a video
+    flicker less."""
     noise: NoiseMode = "independent"
     """Noise of the particles in one step."""
     bandwidth_scale_together: float = 1000.0
@@ -319,6 +320,10 @@ class EditRun:
                     low_pass(clean) if config.kernel_input == "low_pass" else add_noise(clean, noise, alpha, sigma)
                 )
             transport, scale = self._mixing(indices, together)
+            changes = None
+            if transport is not None:
+                # A score s of x_t = alpha x_0 + sigma noise points at x_0 + sigma / alpha s.
+                changes = division.gather(alpha / sigma * (clean - division.of_mine(particles.source)))
             direction = svgd_direction(
                 direction,
                 division.gather(compared),
@@ -326,6 +331,7 @@ class EditRun:
                 config.normalize_rows,
                 transport,
                 division.mine,
+                changes,
             )
         else:
             direction = direction[division.mine]
