@@ -174,18 +174,20 @@ def numbers(particles: Particles) -> int:
 
 def digests(particles: Particles) -> list[bytes]:
     """What tells one set of particles from another before any edit: of each image, or each grid of crops."""
-    sets = [[index] for index in particles.held] if isinstance(particles, LatentStack) else particles.rounds()
-    digests = [_digest(particles, indices) for indices in sets]
+    parameters = list(particles.parameters())
+    if isinstance(particles, LatentStack):  # each has a parameter of its own
+        digests = [_digest(particles, [index], [own]) for index, own in zip(particles.held, parameters, strict=True)]
+    else:
+        digests = [_digest(particles, indices, parameters) for indices in particles.rounds()]
     if is_shared_out(particles):
         mine = torch.tensor([[*digest] for digest in digests])
         digests = _gather(mine, [share(len(particles), rank) for rank in range(size())]).tolist()
     return [bytes(digest) for digest in digests]
 
 
-def _digest(particles: Particles, indices: Sequence[int]) -> bytes:
+def _digest(particles: Particles, indices: Sequence[int], parameters: Sequence[Tensor]) -> bytes:
     """Of what they show, which prompts apply where, and, by the gradient, what of them may change and how much."""
-    shown = particles.render(indices).sum()
-    changing = torch.autograd.grad(shown, list(particles.parameters()), allow_unused=True)
+    changing = torch.autograd.grad(particles.render(indices).sum(), parameters)
     digest = hashlib.sha256()
     for values in (particles.source(indices), particles.shares(indices), *changing):
         if values is not None:

@@ -8,18 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from csd_2d import CanvasCrops, EditConfig, LatentStack, Particles, edit
 from csd_2d.cli import main
 from csd_2d.edit import _ProgressFile
 from csd_2d.images import read_image, write_image
 from csd_2d.priors.analytic import AnalyticPrior
-
-
-def smooth(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    coarse = torch.rand(1, 3, 3, 5, generator=torch.Generator().manual_seed(seed)) * 0.7 + 0.15
-    return F.interpolate(coarse, (height, width), mode="bilinear")[0]
+from tests.csd_2d.test_canvas import smooth
 
 
 def stack(count: int = 9, mask: torch.Tensor | None = None) -> LatentStack:
