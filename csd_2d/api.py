@@ -1,4 +1,4 @@
-"""Edits in the manner of diffusers' pipelines: PIL images, arrays or tensors in, the same out."""
+"""Pipelines in the style of diffusers: PIL images, arrays or tensors in, the same out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +11,16 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from csd_2d.edit import EditConfig, Prompt, StepInfo, check_prompt, edit
-from csd_2d.images import ImageStack, to_array, to_tensor
+from csd_2d.config import EditConfig
+from csd_2d.csd import Step
+from csd_2d.edit import edit
+from csd_2d.image_set import ImageStack
+from csd_2d.io.images import to_array, to_tensor
+from csd_2d.loss import Prompt, check_prompt
 from csd_2d.panorama import PanoramaCanvas
-from csd_2d.particles import Particles
-from csd_2d.priors import Prior, load_prior
+from csd_2d.particles import Layout, Particles
+from csd_2d.prior import Prior
+from csd_2d.priors.loading import load_prior
 
 ImageLike = Image.Image | np.ndarray | Tensor
 """A PIL image; (H, W, 3) uint8, or float in [0, 1]; or a (3, H, W) tensor in [0, 1]."""
@@ -44,7 +49,7 @@ class VideoOutput:
 
 
 class CsdPipeline:
-    """What both pipelines share: a prior, and the run of an edit.
+    """Base of both pipelines: holds a prior and runs edits.
 
     Args:
         prior: the diffusion model that edits; see `from_pretrained`.
@@ -53,12 +58,12 @@ class CsdPipeline:
     def __init__(self, prior: Prior) -> None:
         self.prior = prior
         self.interrupt = False
-        """Set to True, by a callback for one, it ends the edit after the present step. What there is by then is
+        """Set to True, for example by a callback, it ends the edit after the present step; the result so far is
         returned."""
 
     @classmethod
     def from_pretrained(cls, model: str = "ip2p", **options: Any):
-        """A pipeline with a prior by its name.
+        """Load a prior by its name and make a pipeline of it.
 
         Args:
             model: `ip2p`, `tiny`, `analytic`, a folder that diffusers' `save_pretrained` wrote, or a hub id.
@@ -70,31 +75,33 @@ class CsdPipeline:
         return cls(load_prior(model, **options))
 
     def to(self, device: str | torch.device):
-        """Moves the prior to a device; returns the pipeline."""
+        """Move the prior to a device; returns the pipeline."""
         self.prior.to(device)
         return self
 
     def _run(
         self,
         particles: Particles,
+        layout: Layout,
         latents: Tensor,
         prompt: Prompt,
         config: EditConfig,
         callback: StepCallback | None,
         progress: bool,
-        resume: Path | None,
+        resume: str | Path | None,
     ) -> None:
         self.interrupt = False
 
-        def on_step(info: StepInfo) -> bool:
+        def on_step(step: Step) -> bool:
             if callback is not None:
                 with torch.no_grad():
                     latents.copy_(
-                        callback(self, info.step, info.timestep, {"latents": latents}).get("latents", latents)
+                        callback(self, step.index, step.timestep, {"latents": latents}).get("latents", latents)
                     )
             return self.interrupt
 
-        edit(particles, self.prior, prompt, config, on_step, "editing" if progress else None, resume)
+        label = "editing" if progress else None
+        edit(particles, self.prior, prompt, config, on_step, label, resume, layout=layout)
 
 
 class CsdPanoramaPipeline(CsdPipeline):
@@ -121,10 +128,10 @@ class CsdPanoramaPipeline(CsdPipeline):
         callback_on_step_end: StepCallback | None = None,
         config: EditConfig | None = None,
         progress: bool = True,
-        resume: Path | None = None,
+        resume: str | Path | None = None,
         **canvas: Any,
     ) -> PanoramaOutput:
-        """Runs one edit.
+        """Run one edit.
 
         Args:
             prompt: one instruction, or several that each have a region.
@@ -142,9 +149,10 @@ class CsdPanoramaPipeline(CsdPipeline):
         config = _settings(config, num_inference_steps, guidance_scale, image_guidance_scale, generator)
         _check_output(output_type)
         panorama = PanoramaCanvas(_tensor(image), self.prior, len(check_prompt(prompt)), **canvas)
-        self._run(panorama.crops, panorama.crops.canvas, prompt, config, callback_on_step_end, progress, resume)
+        crops = panorama.crops
+        self._run(crops, crops.layout, crops.canvas, prompt, config, callback_on_step_end, progress, resume)
         if output_type == "latent":
-            return PanoramaOutput([panorama.crops.edited().detach()[0]])
+            return PanoramaOutput([crops.edited().detach()[0]])
         return PanoramaOutput([_output(panorama.decode(), output_type)])
 
 
@@ -171,14 +179,14 @@ class CsdVideoPipeline(CsdPipeline):
         callback_on_step_end: StepCallback | None = None,
         config: EditConfig | None = None,
         progress: bool = True,
-        resume: Path | None = None,
+        resume: str | Path | None = None,
         **stack: Any,
     ) -> VideoOutput:
-        """Runs one edit; see `CsdPanoramaPipeline`.
+        """Run one edit; see `CsdPanoramaPipeline`.
 
         Args:
             callback_on_step_end: see `StepCallback`; "latents" are those of all frames, (n, c, h, w).
-            stack: start, masks; see `csd_2d.images.ImageStack`.
+            stack: start, masks; see `csd_2d.image_set.ImageStack`.
 
         Raises:
             ValueError: for an input or an output type of another kind, or as `ImageStack` and `edit` raise.
@@ -186,9 +194,10 @@ class CsdVideoPipeline(CsdPipeline):
         config = _settings(config, num_inference_steps, guidance_scale, image_guidance_scale, generator)
         _check_output(output_type)
         images = ImageStack([_tensor(frame) for frame in frames], self.prior, **stack)
-        self._run(images.particles, images.particles.latents, prompt, config, callback_on_step_end, progress, resume)
+        stacked = images.particles
+        self._run(stacked, images.layout, stacked.latents, prompt, config, callback_on_step_end, progress, resume)
         if output_type == "latent":
-            return VideoOutput(list(images.particles.render(images.particles.held).detach()))
+            return VideoOutput(list(stacked.render(range(len(stacked))).detach()))
         return VideoOutput([_output(frame, output_type) for frame in images.decode()])
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -15,22 +16,26 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import tyro
 
 from csd_2d import ranks
-from csd_2d.edit import EditConfig, check_prompt, load_preset
+from csd_2d.config import RENAMED, EditConfig
 from csd_2d.errors import one_sentence
 from csd_2d.generate import GENERATE, generate
-from csd_2d.images import IMAGE_SUFFIXES, read_image, read_mask, write_image
-from csd_2d.metrics import wrap_seam
-from csd_2d.priors import DEFAULT_MODEL, EDITORS, Prior, check_prior, load_prior
+from csd_2d.io.images import IMAGE_SUFFIXES, read_image, write_image
+from csd_2d.io.masks import read_mask
+from csd_2d.loss import check_prompt
+from csd_2d.metrics.consistency import wrap_seam
+from csd_2d.presets import load_preset
+from csd_2d.prior import Prior
+from csd_2d.priors.loading import DEFAULT_MODEL, EDITORS, check_prior, load_prior
 
 if TYPE_CHECKING:
     import torch
 
-    from csd_2d.video import Clip
+    from csd_2d.io.video import Clip
 
 
 @dataclass
 class PriorOptions:
-    """Which diffusion model edits, and how it is run."""
+    """Options of the diffusion model."""
 
     prior: str | None = None
     """`tiny` (ships with csd: 64 px windows, a fixed list of instructions), `ip2p` (InstructPix2Pix from the hub,
@@ -38,7 +43,7 @@ class PriorOptions:
     hub id with a diffusers pipeline: InstructPix2Pix, also XL or CosXL-Edit, Stable Diffusion, also XL, or FLUX.1
     Kontext. Default: ip2p where there is a CUDA device, tiny elsewhere; of `csd generate` sd."""
     source_prompt: str | None = None
-    """What the images show, for text-to-image models; the prompt then says what they shall show."""
+    """For text-to-image models: describes the images before the edit; the prompt then describes them after it."""
     device: str | None = None
     """Torch device. Default: cuda where there is one, else cpu."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -46,11 +51,11 @@ class PriorOptions:
     micro_batch: int = 8
     """Rows the U-Net takes at once: fewer need less memory and give the same result."""
     offload: bool = False
-    """Keep the parts of the model that are not at work in main memory."""
+    """Keep the networks of the model that are not in use in main memory."""
     local_files_only: bool = False
     """Do not ask the hub, even for a model that is not here."""
     compile: bool = False
-    """Have torch.compile make the model faster. The first steps then take minutes."""
+    """Compile the model with torch.compile: faster, after first steps that take minutes."""
     attention: str | None = None
     """How FLUX computes attention: a backend of diffusers, e.g. flash or sage, which has to be installed."""
 
@@ -80,25 +85,25 @@ class PriorOptions:
 
 @dataclass
 class RunOptions:
-    """What all commands that run a model have in common."""
+    """Options of all commands that run a model."""
 
     prompt: tuple[str, ...]
-    """What to change, as an instruction, or for text-to-image models what to show. A panorama takes several, each for a
-    region."""
+    """Instruction that says what to change, or for text-to-image models what to show. A panorama takes several, one for
+    each region."""
     model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
     preset: str = "default"
-    """Where the defaults below come from: a name in configs/, or a .yaml file. `paper` is the published algorithm, of a
+    """Source of the defaults below: a name in configs/, or a .yaml file. `paper` is the published algorithm, of a
     panorama with --no-fade and a stride of a quarter of the window."""
     edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
     resume: bool = False
-    """Go on where the same command was interrupted. What it needs for that lies beside OUT, in OUT.unfinished, and is
-    removed when the edit is done."""
+    """Continue the same command where it was interrupted. Its state lies beside OUT, in OUT.unfinished, and is removed
+    when the edit is done."""
 
     @contextmanager
     def resumable(self, output: Path) -> Iterator[Path]:
-        """Where the state of the edit is kept until the output is written, which is when the block ends.
+        """Yield the file that keeps the state of the edit until the output is written, which is when the block ends.
 
-        Without `--resume` what an older edit left there is deleted.
+        Without `--resume` the state of an older edit is deleted.
 
         Raises:
             ValueError: if there is nothing to go on with.
@@ -121,13 +126,13 @@ class RunOptions:
 
 @dataclass
 class Options(RunOptions):
-    """What all edits have in common."""
+    """Options of all commands that edit."""
 
     mask: Path | None = None
-    """Image of the input's size: white where the edit may go, black where not a bit may change. For a video one image,
-    or a folder with one for each frame."""
+    """Image of the input's size: white where the edit may change it, black where it must stay bit for bit. For a video
+    one image, or a folder with one for each frame."""
     feather: float = 4.0
-    """Width in pixels over which the mask's border falls off, inwards."""
+    """Width in pixels of the mask's soft border, inside the white part."""
 
 
 @dataclass
@@ -192,7 +197,7 @@ class Panorama:
 
 @dataclass
 class Video:
-    """Edit all frames of a video together. It may be of any length: memory holds one step's share of it.
+    """Edit all frames of a video together. It may be of any length: only the frames of one step are in memory.
 
     Example: csd video dance.mp4 dance_sepia.mp4 --prompt "make it sepia"
     """
@@ -208,10 +213,11 @@ class Video:
     """Second at which it ends. Default: with the video."""
     keyframes: int = 1
     """Edit only one frame in so many; those between follow by the source's optical flow (pip install
-    "csd-edit[flow]"). Less work and less flicker; but what no keyframe shows is recolored only."""
+    "csd-edit[flow]"). Less work and less flicker; but places that no keyframe shows are only recolored."""
 
     def run(self) -> str:
-        from csd_2d.video import check_video_output, edit_video, read_clip, read_masks, write_clip
+        from csd_2d.io.video import check_video_output, read_clip, read_masks, write_clip
+        from csd_2d.video import edit_video
 
         scratch = _check_output(self.output, self.input)
         clip = read_clip(self.input, self.start, self.end)
@@ -241,7 +247,7 @@ class Video:
         return f"{self.output} ({len(edited.frames)} frames)"
 
     def _print_flicker(self, source: "Clip", edited: "Clip", device: "torch.device | str" = "cpu") -> None:
-        from csd_2d.temporal import flicker
+        from csd_2d.metrics.consistency import flicker
 
         if len(source.frames) < 2 or len({*source.sizes}) > 1:
             return
@@ -254,8 +260,8 @@ class Video:
 
 
 def _check_sound(clip: "Clip", output: Path) -> None:
-    """Takes away, and says so, the sound of a clip that the output cannot hold."""
-    from csd_2d.video import VIDEO_SUFFIXES, sound_fits
+    """Drop, with a message, the sound of a clip that the output cannot hold."""
+    from csd_2d.io.video import VIDEO_SUFFIXES, sound_fits
 
     if clip.sound is None or output.suffix.lower() not in VIDEO_SUFFIXES or sound_fits(clip.sound, output):
         return
@@ -335,18 +341,18 @@ class Demo:
             raise ValueError("csd demo runs in one process.")
         if find_spec("nerfstudio") is None:
             raise ImportError('csd demo needs nerfstudio: pip install "csd-edit[nerf]".')
-        from csd_nerf.demo import run_demo
-
+        # Scenes build on this package, which does not know them: it finds the demo as it would a plug-in.
+        (demo,) = entry_points(group="csd.commands", name="demo")
         names = (Path(f"csd_demo_{i}" if i > 1 else "csd_demo") for i in count(1))
         output = self.output or next(name for name in names if not name.exists())
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise ValueError(f"output {output} exists and is not an empty folder.")
         _check_output(output)
-        return str(run_demo(output, self.prompt, self.seed))
+        return str(demo.load()(output, self.prompt, self.seed))
 
 
 def _check_image_output(path: Path, source: Path | None = None) -> None:
-    """Raises, before any work is done, if no image can be written at `path`, or the source lies there."""
+    """Check, before any work is done, that an image can be written at `path`, and the source does not lie there."""
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"output {path} must end in one of {', '.join(IMAGE_SUFFIXES)}.")
     _check_output(path, source)
@@ -355,10 +361,10 @@ def _check_image_output(path: Path, source: Path | None = None) -> None:
 
 
 def _check_output(path: Path, source: Path | None = None) -> Path:
-    """Raises, before any work is done, if nothing can be written at `path`, or the source lies there.
+    """Check, before any work is done, that `path` can be written, and the source does not lie there.
 
     Returns:
-        The folder, of those that exist, in which or under which it will lie.
+        The existing folder in or below which the output will lie.
     """
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -375,7 +381,19 @@ Two models to begin with: `--prior tiny` comes with csd, runs on any computer an
 """
 
 
+def _present_option(argument: str) -> str:
+    """Replace an option of version 0.1 by its present name, with a warning."""
+    name, equals, value = argument.partition("=")
+    present = RENAMED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    if present is None:
+        return argument
+    option = f"--{present.replace('_', '-')}"
+    print(f"csd: {name} is now called {option}.", file=sys.stderr)
+    return option + equals + value
+
+
 def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Demo:
+    arguments = [_present_option(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     # The preset sets the defaults of other options, so it is looked up before they are parsed.
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default="default")
@@ -396,7 +414,7 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Dem
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: one sentence and exit code 1 for what a user can mend, 130 after Ctrl-C."""
+    """Run the `csd` command: one sentence and exit code 1 for errors a user can mend, 130 after Ctrl-C."""
     try:
         with one_sentence(ranks.named("csd")), ranks.joined():
             command = _parse(arguments)

@@ -5,9 +5,10 @@ import re
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from csd_2d.blur import gaussian_blur
 
 ImageEdit = Callable[[Tensor], Tensor]
 """RGB (..., 3, H, W) in [0, 1] to RGB, which may leave [0, 1]."""
@@ -72,15 +73,6 @@ def _summer(image: Tensor) -> Tensor:
 
 def _autumn(image: Tensor) -> Tensor:
     return torch.lerp(_luma(image), image, 0.5) * _rgb(image, 1.15, 0.55, 0.15) + _rgb(image, 0.04, 0.0, 0.0)
-
-
-def gaussian_blur(images: Float[Tensor, "n 1 H W"], deviation: float, reach: int) -> Float[Tensor, "n 1 H W"]:
-    """Blurred with a Gaussian cut off `reach` pixels from its middle; borders are repeated outwards."""
-    offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
-    taps = (-offsets.square() / (2 * deviation**2)).exp()
-    taps = taps / taps.sum()
-    padded = F.pad(images, [reach] * 4, mode="replicate")
-    return F.conv2d(F.conv2d(padded, taps[None, None, None]), taps[None, None, :, None])
 
 
 def _pencil_sketch(image: Tensor) -> Tensor:

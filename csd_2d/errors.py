@@ -14,9 +14,9 @@ class NonFiniteError(ArithmeticError):
 
 @contextmanager
 def one_sentence(program: str | None) -> Iterator[None]:
-    """Ends the program with exit code 1 and the error's message in place of a traceback.
+    """End the program with exit code 1 and the error's message in place of a traceback.
 
-    With CSD_TRACEBACK=1 in the environment the traceback comes through, for whoever looks for a bug.
+    With CSD_TRACEBACK=1 in the environment the traceback comes through, for debugging.
     """
     try:
         yield

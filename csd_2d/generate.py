@@ -8,16 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.edit import EditConfig, Prompt, StepInfo, check_prompt, edit
-from csd_2d.images import round_up
-from csd_2d.panorama import check_wrap, closed, opened, stripes
-from csd_2d.particles import CanvasCrops
-from csd_2d.priors import Prior
+from csd_2d.canvas import CanvasCrops
+from csd_2d.cells import round_up
+from csd_2d.config import EditConfig
+from csd_2d.csd import Step
+from csd_2d.edit import edit
+from csd_2d.loss import Prompt, check_prompt
+from csd_2d.panorama import check_wrap, crop_circular, pad_circular, stripes
+from csd_2d.prior import Prior
 
-GENERATE = EditConfig(steps=500, together=0.0, turn_timestep=0.98, baseline="noise", bandwidth_scale=1.0)
+GENERATE = EditConfig(steps=500, consensus_fraction=0.0, phase_boundary=0.98, baseline="noise", bandwidth_scale=1.0)
 """Defaults of `generate`: one phase over the whole noise schedule and the median bandwidth of arXiv 2307.04787, eq. 8.
 
-There is no phase in which crops move as one: crops of one picture are to fit together, not to be alike.
+There is no consensus phase: crops of one picture should fit together, not look alike.
 """
 
 
@@ -29,18 +32,18 @@ def generate(
     config: EditConfig = GENERATE,
     stride: int | None = None,
     wrap: bool = False,
-    on_step: Callable[[StepInfo], bool | None] | None = None,
+    on_step: Callable[[Step], object] | None = None,
     progress: str | None = None,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
 ) -> Float[Tensor, "3 height width"]:
-    """Makes a picture, most of all a wide one, by Collaborative Score Distillation (arXiv 2307.04787, eq. 8).
+    """Generate a picture, most of all a wide one, by Collaborative Score Distillation (arXiv 2307.04787, eq. 8).
 
     Crops of a canvas of latents are the particles; their scores are s = -(e^w(x_t; y) - noise), w the guidance scale.
     The canvas starts standard normal. Of `config`, the baseline is always the noise and the image guidance scale always
     the text's, with which a source has no part in s.
 
     Args:
-        prior: a text-to-image model. One that edits images is asked to edit plain grey.
+        prior: a text-to-image model. One that edits images is asked to edit plain gray.
         prompt: what the picture shows; several share it in vertical stripes of one width, from left to right.
         height, width: in pixels; default: one of the prior's windows high, four wide. A picture smaller than a window
             is cut out of one.
@@ -72,12 +75,12 @@ def generate(
     # A seed of its own: the run below draws its noise from config.seed.
     noise = torch.Generator().manual_seed(config.seed + 1)
     with torch.no_grad():
-        grey = prior.encode(torch.full((1, 3, rows * cell, columns * cell), 0.5, device=prior.device))
+        gray = prior.encode(torch.full((1, 3, rows * cell, columns * cell), 0.5, device=prior.device))
         crops = CanvasCrops(
-            torch.randn(grey.shape, generator=noise).to(prior.device),
-            prior.condition(grey),
+            gray,
             window,
             stride,
+            start=torch.randn(gray.shape, generator=noise).to(prior.device),
             regions=torch.cat(stripes(len(prompts), rows, columns))[None].to(prior.device)
             if len(prompts) > 1
             else None,
@@ -85,8 +88,8 @@ def generate(
         )
     scale = prior.guidance_scale if config.guidance_scale is None else config.guidance_scale
     config = replace(config, baseline="noise", guidance_scale=scale, image_guidance_scale=scale)
-    edit(crops, prior, prompts, config, on_step, progress, resume)
+    edit(crops, prior, prompts, config, on_step, progress, resume, layout=crops.layout)
     margin = window // 2 if wrap else 0
     with torch.no_grad():
-        picture = opened(prior.decode(closed(crops.edited(), margin)), margin * cell)
+        picture = crop_circular(prior.decode(pad_circular(crops.edited(), margin)), margin * cell)
     return picture[0, :, :height, :width].cpu()

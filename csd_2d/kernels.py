@@ -1,4 +1,4 @@
-"""RKHS kernels over particles: Gram matrix and the strength of the repulsion, in O(N d) memory."""
+"""RKHS kernels over particles: Gram matrix and repulsion weights, in O(N d) memory."""
 
 import math
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class KernelMatrix(NamedTuple):
-    """What SVGD needs of a kernel at N particles of dimension d."""
+    """A kernel and its gradient, evaluated on all pairs of N particles."""
 
     gram: Float[Tensor, "n n"]
     """K_ij = k(x_j, x_i)."""
-    slope: Float[Tensor, "n n"]
+    repulsion_weight: Float[Tensor, "n n"]
     """L_ij with grad_{x_j} k(x_j, x_i) = L_ij (x_i - x_j): positive where particles repel each other."""
 
 
@@ -26,7 +26,7 @@ class Kernel(Protocol):
 
 
 def median_bandwidth(squared_distances: Float[Tensor, "n n"]) -> float:
-    """Median of the squared distances over pairs i < j, divided by log(N + 1).
+    """Compute the median of the squared distances over pairs i < j, divided by log(N + 1).
 
     The zero diagonal is left out: with it two particles, or half of them identical, give a bandwidth of zero
     (and NaN weights). Where the median itself is zero the mean takes its place, and 1 where all particles coincide.
@@ -44,13 +44,13 @@ def median_bandwidth(squared_distances: Float[Tensor, "n n"]) -> float:
 
 @dataclass(frozen=True)
 class RBFKernel:
-    """k(a, b) = exp(-||a - b||^2 / h), the kernel of CSD (arXiv 2307.04787, section 3.1).
+    """The kernel of CSD, k(a, b) = exp(-||a - b||^2 / h) (arXiv 2307.04787, section 3.1).
 
     Its gradient is grad_{x_j} k(x_j, x_i) = (2 / h) K_ij (x_i - x_j), so that no N x N x d tensor is ever built.
 
     Example:
-        >>> gram, slope = RBFKernel(bandwidth=1.0)(torch.tensor([[0.0], [1.0]]))
-        >>> bool(gram[0, 1] == torch.tensor(-1.0).exp()), bool(slope[0, 1] == 2 * gram[0, 1])
+        >>> gram, repulsion_weight = RBFKernel(bandwidth=1.0)(torch.tensor([[0.0], [1.0]]))
+        >>> bool(gram[0, 1] == torch.tensor(-1.0).exp()), bool(repulsion_weight[0, 1] == 2 * gram[0, 1])
         (True, True)
     """
 
@@ -76,7 +76,7 @@ class RBFKernel:
 
 
 def low_pass(particles: Float[Tensor, "n c h w"], block: int = 4) -> Float[Tensor, "n c h w"]:
-    """Particles whose cells are replaced by the mean of their block, so that a kernel does not look at detail.
+    """Replace the cells of particles by the mean of their block, so that a kernel does not compare detail.
 
     An orthogonal projection Q: the gradient of k(Q x_j, Q x_i) with respect to x_j is the one with respect to Q x_j,
     and SVGD needs nothing else to be changed.

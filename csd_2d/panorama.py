@@ -10,14 +10,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.edit import EditConfig, Prompt, StepInfo, check_prompt, edit
-from csd_2d.images import cell_mask, feathered, pad, round_up
-from csd_2d.particles import CanvasCrops
-from csd_2d.priors import Prior
+from csd_2d.canvas import CanvasCrops
+from csd_2d.cells import cell_mask, pad, round_up
+from csd_2d.config import EditConfig
+from csd_2d.csd import Step
+from csd_2d.edit import edit
+from csd_2d.io.masks import feathered
+from csd_2d.loss import Prompt, check_prompt
+from csd_2d.prior import Prior
 
 
 def stripes(count: int, height: int, width: int) -> list[Float[Tensor, "1 height width"]]:
-    """Vertical stripes of one width, from left to right, as masks; a pixel between two belongs to both in parts."""
+    """Make masks of vertical stripes of equal width, from left to right; pixels between two belong to both in part."""
     edges = torch.linspace(0, width, count + 1, dtype=torch.float64)
     pixels = torch.arange(width, dtype=torch.float64)
     spans = itertools.pairwise(edges)
@@ -28,12 +32,12 @@ def stripes(count: int, height: int, width: int) -> list[Float[Tensor, "1 height
 def compose(
     regions: Sequence[Float[Tensor, "1 H W"]], feather: float = 0.0
 ) -> tuple[Float[Tensor, "prompts H W"], Float[Tensor, "1 H W"]]:
-    """Each region's share of every pixel, all together 1, and how much of the pixel they cover, in [0, 1].
+    """Compute each region's share of every pixel, which add up to 1, and how much of the pixel they cover, in [0, 1].
 
     Where there is no region the shares are equal, and the pixel is not covered.
 
     Args:
-        feather: width in pixels over which what they cover together falls off, see `feathered`.
+        feather: width in pixels of the soft border of all regions together, see `feathered`.
     """
     stacked = torch.cat(list(regions))
     total = stacked.sum(0, keepdim=True)
@@ -42,7 +46,7 @@ def compose(
 
 
 def check_wrap(width: int, prior: Prior) -> None:
-    """Raises ValueError if an image of that width cannot be a circle."""
+    """Check that an image of that width can be wrapped around. ValueError if not."""
     smallest = prior.window * prior.cell
     if width % prior.cell or width < smallest:
         raise ValueError(
@@ -50,13 +54,13 @@ def check_wrap(width: int, prior: Prior) -> None:
         )
 
 
-def closed(canvas: Float[Tensor, "1 c h w"], margin: int) -> Float[Tensor, "1 c h _"]:
-    """With what lies beyond the left and the right border of a circle."""
+def pad_circular(canvas: Float[Tensor, "1 c h w"], margin: int) -> Float[Tensor, "1 c h _"]:
+    """Continue a canvas that wraps around beyond its left and right border."""
     return F.pad(canvas, (margin, margin, 0, 0), mode="circular")
 
 
-def opened(canvas: Float[Tensor, "1 c h _"], margin: int) -> Float[Tensor, "1 c h w"]:
-    """Takes away what `closed` added."""
+def crop_circular(canvas: Float[Tensor, "1 c h _"], margin: int) -> Float[Tensor, "1 c h w"]:
+    """Remove the margin that `pad_circular` added."""
     return canvas[..., margin : canvas.shape[-1] - margin]
 
 
@@ -70,8 +74,8 @@ class PanoramaCanvas:
         prompts: how many there are.
         stride: largest distance between crops in latent cells; default: three quarters of a window (paper: a quarter).
         mask: what may change, in [0, 1]; where 0 the image stays bit for bit. Default: all.
-        regions: one mask for each of several prompts, in [0, 1]; where they overlap they share, where there is none the
-            image stays. Default: vertical stripes of one width.
+        regions: one mask for each of several prompts, in [0, 1]; where they overlap prompts mix, where there is none
+            the image stays. Default: vertical stripes of one width.
         feather: width in pixels over which the border of all regions together falls off, inwards.
         blend_regions, wrap, fade: see `CanvasCrops`; `wrap` is for 360 degree images.
 
@@ -112,21 +116,20 @@ class PanoramaCanvas:
             mask = covered if mask is None else mask * covered
         self._image, self._prior, self._mask = image, prior, mask
         self._padded_size = [max(round_up(size, prior.cell), smallest) for size in (height, width)]
-        # In cells: what lies beyond the border of a circle, for the encoder and the decoder to see.
+        # In cells: the encoder and the decoder get what continues an image that wraps around.
         self._margin = prior.window // 2 if wrap else 0
         with torch.no_grad():
-            around = closed(self._padded(image), self._margin * prior.cell)
-            source = opened(prior.encode(around), self._margin)
+            around = pad_circular(self._padded(image), self._margin * prior.cell)
+            source = crop_circular(prior.encode(around), self._margin)
             self.crops = CanvasCrops(
                 source,
-                prior.condition(source),
                 prior.window,
                 stride,
-                None if mask is None else cell_mask(self._padded(mask), prior.cell),
-                F.avg_pool2d(self._padded(shares), prior.cell) if prompts > 1 else None,
-                blend_regions,
-                wrap,
-                fade,
+                mask=None if mask is None else cell_mask(self._padded(mask), prior.cell),
+                regions=F.avg_pool2d(self._padded(shares), prior.cell) if prompts > 1 else None,
+                blend_regions=blend_regions,
+                wrap=wrap,
+                fade=fade,
             )
 
     def _padded(self, picture: Float[Tensor, "c H W"]) -> Float[Tensor, "1 c _ _"]:
@@ -134,10 +137,10 @@ class PanoramaCanvas:
 
     @torch.no_grad()
     def decode(self) -> Float[Tensor, "3 H W"]:
-        """The image as edited, on the CPU, RGB in [0, 1]."""
+        """Decode the edited image, on the CPU, RGB in [0, 1]."""
         height, width = self._image.shape[-2:]
-        decoded = self._prior.decode(closed(self.crops.edited(), self._margin))
-        edited = opened(decoded, self._margin * self._prior.cell)[0, :, :height, :width].cpu()
+        decoded = self._prior.decode(pad_circular(self.crops.edited(), self._margin))
+        edited = crop_circular(decoded, self._margin * self._prior.cell)[0, :, :height, :width].cpu()
         return edited if self._mask is None else torch.lerp(self._image, edited, self._mask)
 
 
@@ -146,12 +149,12 @@ def edit_panorama(
     prior: Prior,
     prompt: Prompt,
     config: EditConfig | None = None,
-    on_step: Callable[[StepInfo], bool | None] | None = None,
+    on_step: Callable[[Step], object] | None = None,
     progress: str | None = None,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
     **canvas: Any,
 ) -> Float[Tensor, "3 H W"]:
-    """Edits an image of any size through overlapping crops of the prior's window.
+    """Edit an image of any size through overlapping crops of the prior's window.
 
     Args:
         image: RGB in [0, 1].
@@ -173,5 +176,6 @@ def edit_panorama(
     """
     prompts = check_prompt(prompt)
     panorama = PanoramaCanvas(image, prior, len(prompts), **canvas)
-    edit(panorama.crops, prior, prompts, config, on_step, progress, resume)
+    crops = panorama.crops
+    edit(crops, prior, prompts, config, on_step, progress, resume, layout=crops.layout)
     return panorama.decode()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def window_positions(size: int, window: int, stride: int, phase: float = 0.0, wrap: bool = False) -> list[int]:
-    """Where windows begin that cover 0..size: evenly spaced, at most `stride` apart.
+    """Place windows that cover 0..size: evenly spaced, at most `stride` apart.
 
     Args:
         phase: share of the spacing, in [0, 1), by which they are shifted; one window more then covers both ends.
@@ -36,7 +36,7 @@ def window_positions(size: int, window: int, stride: int, phase: float = 0.0, wr
 
 
 def fading(positions: Sequence[int], size: int, window: int, wrap: bool = False) -> Float[Tensor, "n window"]:
-    """Weights of windows along one axis: triangles, flat towards the axis's ends, that add up to 1 everywhere.
+    """Compute weights of windows along one axis: triangles, flat towards the axis's ends, that add up to 1.
 
     Example:
         >>> fading([0, 2], size=6, window=4)
@@ -61,7 +61,7 @@ def in_tiles(
     window: int,
     per_cell: tuple[int, int],
 ) -> Float[Tensor, "n d _ _"]:
-    """A function of images, applied to square tiles that fade into each other over a quarter of their width.
+    """Apply a function of images to square tiles that fade into each other over a quarter of their width.
 
     Images no larger than a tile go through as they are, bit for bit.
 

@@ -25,12 +25,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from csd_2d.closed_form import known_answers
-from csd_2d.files import replacing
-from csd_2d.images import to_tensor, write_image
-from csd_2d.metrics import psnr
-from csd_2d.video import Clip, write_clip
-from csd_nerf.artefacts import film, render, side_by_side
-from csd_nerf.config import csd_edit_tiny, csd_scene_tiny
+from csd_2d.io.files import replacing
+from csd_2d.io.images import to_tensor, write_image
+from csd_2d.io.video import Clip, write_clip
+from csd_2d.metrics.fidelity import psnr
+from csd_nerf.artifacts import film, render, side_by_side
+from csd_nerf.methods import csd_edit_tiny, csd_scene_tiny
 from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntable, write_scene
 
 VIEWS = 48

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from csd_2d.files import replacing
-from csd_2d.images import write_image
+from csd_2d.io.files import replacing
+from csd_2d.io.images import write_image
 
 SKY_RADIUS = 3.4
 ORBIT_RADII = (2.4, 3.1)

@@ -1,4 +1,4 @@
-"""What a pretrained run left behind: its config, read without executing it, and its checkpoint."""
+"""Read a pretrained run: its config, without executing it, and its checkpoint."""
 
 import dataclasses
 import json
@@ -15,10 +15,10 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor
 
-from csd_2d.images import read_image
+from csd_2d.io.images import read_image
 
 SceneKind = Literal["nerfacto", "splatfacto"]
-"""What a scene consists of: parameters of nerfacto or of splatfacto. Our own methods have one or the other."""
+"""Model of a scene: nerfacto or splatfacto. Our own methods have the parameters of one or the other."""
 _EXPECTED: dict[SceneKind, str] = {"nerfacto": "nerfacto or csd-scene-tiny", "splatfacto": "splatfacto"}
 _EDITED_BY: dict[SceneKind, str] = {"nerfacto": "csd-edit", "splatfacto": "csd-edit-splat"}
 
@@ -31,11 +31,11 @@ class SourceRun:
     """Fields of its model's config."""
     dataparser: DataParserConfig
     data: Path
-    """What it was trained on."""
+    """Data it was trained on."""
     checkpoints: Path
     """Folder with its checkpoints."""
     edited: bool
-    """It is an edit itself: its scene is not what its data show."""
+    """Whether it is an edit itself, so that its scene does not look like its data."""
 
 
 class PlainObject(dict):
@@ -46,7 +46,7 @@ class PlainObject(dict):
         self.name = name
 
     def is_of(self, kind: type) -> bool:
-        """The object is of that class."""
+        """Compare the name of the object's class."""
         return self.name == f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -77,10 +77,10 @@ _PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _PlainLoader.con
 
 
 def config_file(run: Path, option: str, expected: str) -> Path:
-    """RUN/config.yml, given as that or as RUN.
+    """Find RUN/config.yml, given as that or as RUN.
 
     Args:
-        option, expected: what the user gave it by, and what it should be, for the error's message.
+        option, expected: the user's option and what it should name, for the error's message.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -92,7 +92,7 @@ def config_file(run: Path, option: str, expected: str) -> Path:
 
 
 def read_plain_config(path: Path) -> Any:
-    """A run's config.yml with its objects as `PlainObject`; nothing in it is executed.
+    """Read a run's config.yml with its objects as `PlainObject`; nothing in it is executed.
 
     Raises:
         ValueError: if it is no such file.
@@ -104,10 +104,10 @@ def read_plain_config(path: Path) -> Any:
 
 
 def read_run(path: Path, kind: SceneKind) -> SourceRun:
-    """Reads RUN/config.yml, or the config of the folder RUN.
+    """Read RUN/config.yml, or the config of the folder RUN.
 
     Args:
-        kind: what its scene must be.
+        kind: required model of the scene.
 
     Raises:
         FileNotFoundError: if there is no such config.
@@ -142,7 +142,7 @@ def _refuse_others(found: SceneKind | None, expected: SceneKind, what: str) -> N
 
 
 def dataparser_of(values: PlainObject) -> DataParserConfig:
-    """The config of a data parser that nerfstudio knows. ValueError if it knows none of that class."""
+    """Rebuild the config of a data parser that nerfstudio knows. ValueError if it knows none of that class."""
     kinds = [type(config) for config in all_dataparsers.values() if values.is_of(type(config))]
     if not kinds:
         raise ValueError(f"the run's config holds a {values.name}, which is not installed.")
@@ -151,7 +151,7 @@ def dataparser_of(values: PlainObject) -> DataParserConfig:
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path:
-    """The checkpoint of a step, or the latest one, in a folder `nerfstudio_models`.
+    """Find the checkpoint of a step, or the latest one, in a folder `nerfstudio_models`.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -169,9 +169,9 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Tensor]:
-    """Tensors of the pipeline in a checkpoint, by their present names.
+    """Read the tensors of the pipeline in a checkpoint, by their present names.
 
-    The prefixes that distributed training adds are gone; Gaussians have today's names whatever version wrote them.
+    Prefixes of distributed training are removed; Gaussians get today's names whatever version wrote them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -200,7 +200,7 @@ _GAUSSIAN_NAMES = ("means", "scales", "quats", "features_dc", "features_rest", "
 
 
 def check_kind(state: dict[str, Tensor], path: Path, kind: SceneKind) -> None:
-    """Looks at whose tensors a checkpoint holds.
+    """Check the kind of scene in a checkpoint by its tensors.
 
     Raises:
         ValueError: if not those of a scene of this kind.
@@ -214,7 +214,7 @@ def check_kind(state: dict[str, Tensor], path: Path, kind: SceneKind) -> None:
 
 
 def implementation(state: dict[str, Tensor], path: Path) -> str:
-    """Whether tinycudann or torch wrote a nerfacto checkpoint.
+    """Determine whether tinycudann or torch wrote a nerfacto checkpoint.
 
     Raises:
         ValueError: if tinycudann is needed and cannot run here.
@@ -242,18 +242,18 @@ _PER_IMAGE = (
     "_model.bil_grids.grids",
     "_model.camera_optimizer.pose_adjustment",
 )
-"""A row for each training image."""
+"""Tensors with a row for each training image."""
 
 
 def _size(key: str, value: Tensor) -> object:
-    """What must be alike for a tensor to fit."""
+    """Return the part of a tensor's shape, or the number, that must be equal for it to fit."""
     if value.ndim == 0:  # single numbers are sizes, such as max_res, which no tensor's shape need show
         return value.item()
     return value.shape[1:] if key.startswith(_GAUSSIANS) else value.shape
 
 
 def check_fits(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> None:
-    """Compares a checkpoint's tensors with those of the pipeline it is meant for.
+    """Compare a checkpoint's tensors with those of the pipeline it is meant for.
 
     nerfstudio's own `load_state_dict` falls back to loading what fits and leaves the rest random. A model of Gaussians
     takes any number of them.
@@ -284,7 +284,7 @@ def check_fits(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> None
 
 
 def check_data(data: Path | None, dataparser: DataParserConfig) -> None:
-    """Finds what is wrong with the data before a run's folder is made.
+    """Check the data before a run's folder is made.
 
     Raises:
         FileNotFoundError: if the data or their transforms.json are missing.
@@ -304,7 +304,7 @@ def check_data(data: Path | None, dataparser: DataParserConfig) -> None:
 
 
 def check_images(data: Path) -> None:
-    """Reads all images of a nerfstudio scene. For when nerfstudio fails on one, which it does not name.
+    """Read all images of a nerfstudio scene, to find the one that nerfstudio failed on, which it does not name.
 
     Raises:
         FileNotFoundError, ValueError: for the first that is missing or no image.

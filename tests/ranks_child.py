@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csd_2d import CanvasCrops, EditConfig, LatentStack, edit, load_preset, load_prior, ranks
-from csd_2d.edit import _ProgressFile
-from csd_2d.images import ImageStack, edit_images
+from csd_2d import CanvasCrops, EditConfig, LatentStack, load_preset, load_prior, ranks
+from csd_2d.edit import edit
+from csd_2d.image_set import ImageStack, edit_images
+from csd_2d.io.video import Clip
 from csd_2d.panorama import PanoramaCanvas, edit_panorama
 from csd_2d.particles import Particles
-from csd_2d.priors import Prior
+from csd_2d.prior import Prior
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.video import Clip, edit_video
+from csd_2d.progress import ProgressFile
+from csd_2d.video import edit_video
 
 STEPS = 6
 
@@ -92,7 +94,7 @@ def frames_stack(count: int = 5) -> LatentStack:
 
 def long_edit(particles, file: Path, on_step=None) -> None:
     """An edit that keeps its state after every step."""
-    with patch.object(_ProgressFile, "SECONDS", 0.0):
+    with patch.object(ProgressFile, "SECONDS", 0.0):
         edit(particles, AnalyticPrior(), "paint it a new color", EditConfig(steps=12, batch=3), on_step, resume=file)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.closed_form import PIXEL_EDITS, ImageEdit, normalized
-from csd_2d.csd import Branch
+from csd_2d.prior import Branch
 
 
 class AnalyticPrior:

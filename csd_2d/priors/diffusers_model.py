@@ -1,4 +1,4 @@
-"""What priors on diffusers' pipelines share: loading, where the networks live, the autoencoder, micro-batches."""
+"""Base of priors on diffusers' pipelines: loading, placement on devices, the autoencoder, micro-batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from csd_2d.csd import Branch
 from csd_2d.errors import NonFiniteError
+from csd_2d.prior import Branch
 from csd_2d.priors.schedules import Schedule
 from csd_2d.tiles import in_tiles
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 HUB_TIMEOUT = 5.0
-"""Seconds the hub has to say that it knows a model."""
+"""Seconds to wait for the hub's answer."""
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, in one sentence."""
+    """Summarize the first cause of an error in one sentence."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -31,7 +31,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _hub_refusal(model: str) -> Exception | None:
-    """Why the hub cannot be asked for a model, None if it can.
+    """Ask the hub for a model; returns why it cannot be reached, None if it can.
 
     diffusers asks without a time limit and waits for minutes behind a firewall that drops packets.
     """
@@ -46,7 +46,7 @@ def _hub_refusal(model: str) -> Exception | None:
 
 @contextmanager
 def _reading(model: str | Path, kind: str, local_files_only: bool) -> Iterator[bool]:
-    """Yields whether to keep to local files; whatever goes wrong inside becomes one sentence that says what to do.
+    """Yield whether to keep to local files; any error inside becomes one sentence that says what to do.
 
     Raises:
         OSError: in place of any error inside the block.
@@ -69,7 +69,7 @@ def _reading(model: str | Path, kind: str, local_files_only: bool) -> Iterator[b
 
 
 def pipeline_class_of(model: str | Path, local_files_only: bool = False) -> str:
-    """Name of the diffusers pipeline a folder or hub id holds, from its `model_index.json` alone.
+    """Read the name of the diffusers pipeline in a folder or hub id, from its `model_index.json` alone.
 
     Raises:
         OSError: if that cannot be downloaded or read.
@@ -82,14 +82,14 @@ def pipeline_class_of(model: str | Path, local_files_only: bool = False) -> str:
 
 
 class PooledText(NamedTuple):
-    """Encoded prompts for networks that take a text word by word and as a whole."""
+    """Encoded prompts for networks that take a text token by token and pooled."""
 
     embeddings: Float[Tensor, "prompts tokens features"]
     pooled: Float[Tensor, "prompts pooled_features"]
 
 
 class DiffusersPrior(ABC):
-    """Networks of a diffusers pipeline; subclasses say how they are asked for a noise estimate.
+    """A prior on the networks of a diffusers pipeline; subclasses implement its noise estimate.
 
     Args:
         pipeline: diffusers' pipeline, e.g. with LoRA weights put in. Its weights are frozen and moved, not copied.
@@ -102,13 +102,13 @@ class DiffusersPrior(ABC):
     """
 
     kind: ClassVar[str]
-    """The family with its article, for messages."""
+    """Name of the family with its article, for messages."""
     pipeline_class: ClassVar[str]
     """Name of diffusers' pipeline."""
     default_model: ClassVar[str]
     """Hub id of the family's best known model."""
     unused_components: ClassVar[dict[str, Any]] = {}
-    """What of a pipeline need not be loaded."""
+    """Components of a pipeline that need not be loaded."""
     cuda_dtype: ClassVar[torch.dtype] = torch.float16
     """Precision the model was released for."""
 
@@ -143,7 +143,7 @@ class DiffusersPrior(ABC):
         self.to(device)
 
     def to(self, device: str | torch.device) -> None:
-        """Moves the networks to another device; with `offload` they go there one at a time, when they are at work."""
+        """Move the networks to another device; with `offload` one at a time, while it is in use."""
         self.device = torch.device(device)
         for network in self._networks:
             network.to("cpu" if self.offload else self.device)
@@ -159,7 +159,7 @@ class DiffusersPrior(ABC):
         micro_batch: int = 8,
         **options: Any,
     ) -> "Self":
-        """Loads a model from a folder or the Hugging Face hub; only safetensors, never pickles.
+        """Load a model from a folder or the Hugging Face hub; only safetensors, never pickles.
 
         Args:
             model: a folder that diffusers' `save_pretrained` wrote, or a hub id; default `default_model`.
@@ -191,11 +191,11 @@ class DiffusersPrior(ABC):
 
     @abstractmethod
     def _setup(self, pipeline: Any) -> None:
-        """Takes from a pipeline what noise estimates need: networks, schedule, window, cell."""
+        """Set the networks, schedule, window and cell from a pipeline."""
 
     @abstractmethod
     def _problem(self, pipeline: Any) -> str | None:
-        """Why a pipeline that loads is not of the kind the prior needs; None if it is."""
+        """Say why a pipeline that loads is not of the kind the prior needs; None if it is."""
 
     @abstractmethod
     def condition(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n _ h w"]:
@@ -218,7 +218,7 @@ class DiffusersPrior(ABC):
         return [pipeline.text_encoder]
 
     def _text_problem(self, pipeline: Any) -> str | None:
-        """Why a pipeline would not understand a prompt; None if it would."""
+        """Say why a pipeline would not understand a prompt; None if it would."""
         tokenizers = [pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None)]
         for tokenizer, text_encoder in zip(tokenizers, self._text_encoders(pipeline), strict=False):
             known, read = len(tokenizer), text_encoder.config.vocab_size
@@ -229,7 +229,7 @@ class DiffusersPrior(ABC):
         return None
 
     def use_attention(self, backend: str) -> None:
-        """Has the denoiser compute attention by one of diffusers' backends, e.g. "flash" or "sage".
+        """Let the denoiser compute attention by one of diffusers' backends, e.g. "flash" or "sage".
 
         Raises:
             ValueError: if there is no such backend, what it needs is not installed, or diffusers offers the denoiser no
@@ -247,7 +247,7 @@ class DiffusersPrior(ABC):
 
     @contextmanager
     def _loaded(self, *networks: nn.Module) -> Iterator[None]:
-        """With `offload`: the networks are on the device inside; the denoiser stays until others are needed."""
+        """With `offload`, keep networks on the device inside the block; the denoiser stays until others are needed."""
         if not self.offload:
             yield
             return
@@ -265,7 +265,7 @@ class DiffusersPrior(ABC):
                     network.to("cpu")
 
     def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
-        """Mode of the VAE's posterior, shifted and scaled by its factors. Differentiable with respect to the images.
+        """Encode to the mode of the VAE's posterior, shifted and scaled. Differentiable with respect to the images.
 
         Images larger than `window` are encoded in overlapping tiles.
 
@@ -280,7 +280,7 @@ class DiffusersPrior(ABC):
         return self.scaling_factor * (self._finite(latents) - self._shift)
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
-        """Images of latents, clamped to [0, 1]. Raises as `encode`."""
+        """Decode latents to images, clamped to [0, 1]. Raises as `encode`."""
         scaled = (latents / self.scaling_factor + self._shift).to(self.vae.dtype)
         tile = self.window * self.cell // self._vae_cell
         with self._loaded(self.vae):
@@ -298,14 +298,14 @@ class DiffusersPrior(ABC):
         return self.schedule.alpha_sigma(timestep)
 
     def _in_micro_batches(self, network: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-        """A function of rows, applied to `micro_batch` of them at a time with the denoiser on the device."""
+        """Apply a function of rows to `micro_batch` of them at a time, with the denoiser on the device."""
         with self._loaded(self.denoiser):
             parts = zip(*(stack.split(self.micro_batch) for stack in rows), strict=True)
             return torch.cat([network(*part) for part in parts])
 
 
 def check_length(prompts: Sequence[str], tokenizer: Any, most: int) -> None:
-    """Raises ValueError if a prompt has more than `most` tokens, of which the model would never see the last."""
+    """Check that no prompt has more than `most` tokens: the model would cut off the rest. ValueError if one has."""
     count = max(len(tokenizer.tokenize(prompt)) for prompt in prompts)
     if count > most:
         raise ValueError(f"the prompt is {count} tokens long, the model reads at most {most}; shorten it.")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.csd import Branch
+from csd_2d.prior import Branch
 from csd_2d.priors.diffusers_model import DiffusersPrior, PooledText, check_length
 from csd_2d.priors.schedules import FlowSchedule
 
@@ -16,10 +16,10 @@ from csd_2d.priors.schedules import FlowSchedule
 class FluxKontextPrior(DiffusersPrior):
     """Noise estimates of FLUX.1 Kontext's transformer: noise = x_t + (1 - s) v at flow time s.
 
-    The transformer sees 2x2 cells of the VAE as one token, and the source image as tokens behind those of x_t. Here a
+    The transformer takes 2x2 cells of the VAE as one token, and the source image as tokens behind those of x_t. Here a
     latent cell is such a token, 64 channels and 16 px, so that crops and images of any whole number of cells fit.
 
-    A prompt's branch sees prompt and image, "image" the empty prompt and the image, "uncond" the empty prompt and no
+    A prompt's branch gets prompt and image, "image" the empty prompt and the image, "uncond" the empty prompt and no
     image tokens at all, which is how the model makes images from text. Guidance was distilled into the model: it is
     told a guidance scale, the same in every branch, and both scales of eq. 3 are 1 by default. A text guidance scale
     above 1 is guidance on top of it, diffusers' `true_cfg_scale` with an empty negative prompt.
@@ -75,20 +75,20 @@ class FluxKontextPrior(DiffusersPrior):
         return None
 
     def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 64 h w"]:
-        """Mode of the VAE's posterior, shifted and scaled by its factors, 2x2 cells in one. Differentiable."""
+        """Encode to the mode of the VAE's posterior, shifted and scaled, 2x2 cells in one. Differentiable."""
         return F.pixel_unshuffle(super().encode(images), 2)
 
     def decode(self, latents: Float[Tensor, "n 64 h w"]) -> Float[Tensor, "n 3 H W"]:
-        """Images of latents, clamped to [0, 1]."""
+        """Decode latents to images, clamped to [0, 1]."""
         return super().decode(F.pixel_shuffle(latents, 2))
 
     def condition(self, latents: Float[Tensor, "n 64 h w"]) -> Float[Tensor, "n 64 h w"]:
-        """The latents of the source image: it enters as a clean image of the same kind."""
+        """Return the latents of the source image: the model takes them as they are."""
         return latents
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> PooledText:
-        """T5's and CLIP's embeddings of the prompts and, last, of the empty prompt.
+        """Encode the prompts and, last, the empty prompt with T5 and CLIP.
 
         Raises:
             ValueError: if a prompt is longer than T5 reads. CLIP reads 75 tokens and leaves out the rest.
@@ -109,18 +109,18 @@ class FluxKontextPrior(DiffusersPrior):
         text: PooledText,
         branches: Sequence[Branch],
     ) -> Float[Tensor, "b 64 h w"]:
-        """The transformer's estimate in the dtype of `x_t`, `micro_batch` rows at a time.
+        """Estimate the noise in the dtype of `x_t`, `micro_batch` rows at a time.
 
-        Rows that see no image are shorter and go through in batches of their own.
+        Rows without an image are shorter and go through in batches of their own.
         """
-        seen, time = self.schedule.network_input(x_t, timestep)
+        scaled, time = self.schedule.network_input(x_t, timestep)
         velocity = torch.empty_like(x_t)
         numbers = torch.tensor([branch if isinstance(branch, int) else -1 for branch in branches])
-        blind = torch.tensor([branch == "uncond" for branch in branches])
-        for rows, images in ((~blind, [condition]), (blind, [])):
+        unconditional = torch.tensor([branch == "uncond" for branch in branches])
+        for rows, images in ((~unconditional, [condition]), (unconditional, [])):
             if not rows.any():
                 continue
-            pictures = torch.stack([picture[rows] for picture in (seen, *images)], 1)
+            pictures = torch.stack([picture[rows] for picture in (scaled, *images)], 1)
             texts = [part[numbers[rows]] for part in text]
             output = self._in_micro_batches(lambda *batch: self._velocity(time, *batch), pictures, *texts)
             velocity[rows] = output.to(x_t.dtype)
@@ -133,7 +133,7 @@ class FluxKontextPrior(DiffusersPrior):
         embeddings: Float[Tensor, "b words features"],
         pooled: Float[Tensor, "b pooled_features"],
     ) -> Float[Tensor, "b c h w"]:
-        """The velocity of the first picture; each token is told its picture's number, its row and its column."""
+        """Compute the velocity of the first picture; positions of tokens are picture, row and column."""
         transformer = self.transformer
         count, height, width = pictures.shape[1], *pictures.shape[-2:]
         places = torch.cartesian_prod(*(torch.arange(size, device=self.device) for size in (count, height, width)))

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.csd import Branch
-from csd_2d.priors import DEFAULT_MODEL
+from csd_2d.prior import Branch
 from csd_2d.priors.schedules import EDMSchedule
 from csd_2d.priors.unet import XL, UNetPrior
 
@@ -16,7 +15,7 @@ from csd_2d.priors.unet import XL, UNetPrior
 class InstructPix2PixPrior(UNetPrior):
     """Noise estimates of InstructPix2Pix's U-Net.
 
-    The U-Net sees x_t and the source image side by side, 4 + 4 channels, in the order and scaling of diffusers'
+    The U-Net gets x_t and the source image as 4 + 4 channels, in the order and scaling of diffusers'
     `StableDiffusionInstructPix2PixPipeline`: a prompt's branch is (prompt, image), "image" (empty prompt, image),
     "uncond" (empty prompt, zeros). The source image is the *unscaled mode* of the VAE's posterior, which is what the
     model was trained on; latents x_0 are that mode times the VAE's scaling factor.
@@ -32,7 +31,7 @@ class InstructPix2PixPrior(UNetPrior):
 
     kind = "an InstructPix2Pix"
     pipeline_class = "StableDiffusionInstructPix2PixPipeline"
-    default_model = DEFAULT_MODEL
+    default_model = "timbrooks/instruct-pix2pix"
     unused_components: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,
@@ -43,12 +42,14 @@ class InstructPix2PixPrior(UNetPrior):
     image_guidance_scale = 1.5
 
     def condition(self, latents: Float[Tensor, "n 4 h w"]) -> Float[Tensor, "n 4 h w"]:
-        """Unscaled mode of the VAE's posterior: what diffusers' pipeline feeds to the U-Net."""
+        """Convert to the unscaled mode of the VAE's posterior, which diffusers' pipeline feeds to the U-Net."""
         return latents / self.scaling_factor
 
-    def _beside(self, condition: Float[Tensor, "b 4 h w"], branches: Sequence[Branch]) -> Float[Tensor, "b 4 h w"]:
-        blind = torch.tensor([branch == "uncond" for branch in branches], device=condition.device)
-        return condition.masked_fill(blind[:, None, None, None], 0)
+    def _extra_channels(
+        self, condition: Float[Tensor, "b 4 h w"], branches: Sequence[Branch]
+    ) -> Float[Tensor, "b 4 h w"]:
+        unconditional = torch.tensor([branch == "uncond" for branch in branches], device=condition.device)
+        return condition.masked_fill(unconditional[:, None, None, None], 0)
 
 
 class InstructPix2PixXLPrior(XL, InstructPix2PixPrior):
@@ -73,5 +74,5 @@ class InstructPix2PixXLPrior(XL, InstructPix2PixPrior):
         self._condition_scale = self.scaling_factor if cosxl else 1.0
 
     def condition(self, latents: Float[Tensor, "n 4 h w"]) -> Float[Tensor, "n 4 h w"]:
-        """Mode of the VAE's posterior, unscaled, but for CosXL-Edit times its scaling factor."""
+        """Convert to the mode of the VAE's posterior: unscaled, but for CosXL-Edit times its scaling factor."""
         return self._condition_scale * super().condition(latents)

@@ -11,22 +11,22 @@ from torch import Tensor
 
 
 class Schedule(Protocol):
-    """What a network is fed at a timestep, and what its output says of the noise."""
+    """Input of a network at a timestep, and the noise estimate that its output amounts to."""
 
     num_timesteps: int
 
     def alpha_sigma(self, timestep: int) -> tuple[float, float]:
-        """alpha and sigma of x_t = alpha x_0 + sigma noise; sigma grows with the timestep."""
+        """Look up alpha and sigma of x_t = alpha x_0 + sigma noise; sigma grows with the timestep."""
         ...
 
     def network_input(self, x_t: Float[Tensor, "b c h w"], timestep: int) -> tuple[Float[Tensor, "b c h w"], float]:
-        """x_t as the network was trained to see it, and the time it is told."""
+        """Scale x_t to the network's input, and convert the timestep to the network's time."""
         ...
 
     def noise(
         self, x_t: Float[Tensor, "b c h w"], output: Float[Tensor, "b c h w"], timestep: int
     ) -> Float[Tensor, "b c h w"]:
-        """The estimate of the noise in x_t that a network's output amounts to."""
+        """Convert a network's output to an estimate of the noise in x_t."""
         ...
 
 
@@ -84,8 +84,8 @@ class EDMSchedule:
 
     def network_input(self, x_t: Float[Tensor, "b c h w"], timestep: int) -> tuple[Float[Tensor, "b c h w"], float]:
         level, (alpha, _) = self._levels[timestep], self.alpha_sigma(timestep)
-        seen = self._scheduler.precondition_inputs(x_t / alpha, level.item())
-        return seen, self._scheduler.precondition_noise(level).item()
+        scaled = self._scheduler.precondition_inputs(x_t / alpha, level.item())
+        return scaled, self._scheduler.precondition_noise(level).item()
 
     def noise(
         self, x_t: Float[Tensor, "b c h w"], output: Float[Tensor, "b c h w"], timestep: int

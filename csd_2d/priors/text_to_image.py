@@ -7,16 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.csd import Branch
-from csd_2d.priors import DEFAULT_TEXT_TO_IMAGE
+from csd_2d.prior import Branch
 from csd_2d.priors.diffusers_model import PooledText
 from csd_2d.priors.unet import XL, UNetPrior
 
 
 class TextToImagePrior(UNetPrior):
-    """Noise estimates of Stable Diffusion's U-Net, which sees no source image: the source is told by a prompt.
+    """Noise estimates of Stable Diffusion's U-Net, which takes no source image: the source is described by a prompt.
 
-    A prompt's branch sees that prompt, "image" the source prompt, "uncond" the empty one. With both guidance scales w
+    A prompt's branch gets that prompt, "image" the source prompt, "uncond" the empty one. With both guidance scales w
     alike, as they are by default, eq. 9 becomes the delta denoising score (Hertz et al. 2023, arXiv 2304.07090)
 
         s = -(e^w(x_t; target) - e^w(source_t; source prompt)),    e^w(x; y) = e(x) + w [e(x; y) - e(x)].
@@ -26,7 +25,7 @@ class TextToImagePrior(UNetPrior):
 
     Args:
         pipeline, device, offload, micro_batch: see `DiffusersPrior`.
-        source_prompt: what the images to edit show. Default: nothing is said, the source is estimated as "uncond" is.
+        source_prompt: what the images to edit show. Default: the source is estimated without a prompt, as "uncond" is.
 
     Raises:
         ValueError: if the pipeline is no text-to-image Stable Diffusion.
@@ -34,7 +33,7 @@ class TextToImagePrior(UNetPrior):
 
     kind = "a text-to-image Stable Diffusion"
     pipeline_class = "StableDiffusionPipeline"
-    default_model = DEFAULT_TEXT_TO_IMAGE
+    default_model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     unused_components: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,
@@ -54,27 +53,29 @@ class TextToImagePrior(UNetPrior):
     ) -> None:
         super().__init__(pipeline, device, offload, micro_batch)
         self._source = [source_prompt] if source_prompt.strip() else []
-        self.wordless_rows = {"image": -1 - len(self._source), "uncond": -1}
+        self.promptless_rows = {"image": -1 - len(self._source), "uncond": -1}
 
     def condition(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 0 h w"]:
-        """A source image without channels, for there is none."""
+        """Return an image condition without channels: the model takes none."""
         return latents[:, :0]
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "_ tokens features"] | PooledText:
-        """Embeddings of the target prompts, of the source prompt if there is one, and of the empty prompt.
+        """Encode the target prompts, the source prompt if there is one, and the empty prompt.
 
         Raises:
             ValueError: if a prompt is longer than the text encoder reads.
         """
         return super().encode_text([*prompts, *self._source])
 
-    def _beside(self, condition: Float[Tensor, "b 0 h w"], branches: Sequence[Branch]) -> Float[Tensor, "b 0 h w"]:
+    def _extra_channels(
+        self, condition: Float[Tensor, "b 0 h w"], branches: Sequence[Branch]
+    ) -> Float[Tensor, "b 0 h w"]:
         return condition
 
 
 class TextToImageXLPrior(XL, TextToImagePrior):
-    """The same on Stable Diffusion XL.
+    """`TextToImagePrior` on Stable Diffusion XL.
 
     Args: see `TextToImagePrior`.
     """

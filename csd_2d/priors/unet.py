@@ -8,22 +8,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.csd import Branch
+from csd_2d.prior import Branch
 from csd_2d.priors.diffusers_model import DiffusersPrior, PooledText, check_length
 from csd_2d.priors.schedules import EDMSchedule, VariancePreservingSchedule
 
 
 class UNetPrior(DiffusersPrior):
-    """Noise estimates of Stable Diffusion's U-Net. Subclasses say what stands beside x_t, and which text a branch sees.
+    """Noise estimates of Stable Diffusion's U-Net. Subclasses define its extra channels and the text of each branch.
 
     The schedule is the scheduler's own: variance preserving, or EDM where it is preconditioned. Epsilon and v
     prediction are both understood.
     """
 
     input_parts: ClassVar[tuple[str, ...]] = ("noisy latents",)
-    """What the U-Net sees side by side."""
-    wordless_rows: Mapping[Branch, int] = {"image": -1, "uncond": -1}
-    """Which of the encoded texts the branches without a prompt see; the empty prompt is the last."""
+    """What the U-Net's input channels hold, in order."""
+    promptless_rows: Mapping[Branch, int] = {"image": -1, "uncond": -1}
+    """Row of the encoded texts that each branch without a prompt gets; the empty prompt is the last."""
 
     def _setup(self, pipeline: Any) -> None:
         self.tokenizer = pipeline.tokenizer
@@ -58,7 +58,7 @@ class UNetPrior(DiffusersPrior):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Any:
-        """Embeddings of the prompts and, last, of the empty prompt, which is the negative one.
+        """Encode the prompts and, last, the empty prompt, which is the negative one.
 
         Raises:
             ValueError: if a prompt is longer than the text encoder reads.
@@ -67,15 +67,17 @@ class UNetPrior(DiffusersPrior):
         return self._embed(prompts)
 
     def _embed(self, prompts: Sequence[str]) -> Any:
-        """Encoded prompts, and the empty one behind them."""
+        """Encode the prompts, and the empty one behind them."""
         longest = self.tokenizer.model_max_length
         tokens = self.tokenizer([*prompts, ""], padding="max_length", max_length=longest, return_tensors="pt").input_ids
         with self._loaded(self.text_encoder):
             return self.text_encoder(tokens.to(self.device))[0]
 
     @abstractmethod
-    def _beside(self, condition: Float[Tensor, "b _ h w"], branches: Sequence[Branch]) -> Float[Tensor, "b _ h w"]:
-        """The channels that the U-Net sees beside x_t."""
+    def _extra_channels(
+        self, condition: Float[Tensor, "b _ h w"], branches: Sequence[Branch]
+    ) -> Float[Tensor, "b _ h w"]:
+        """Make the input channels of the U-Net beside those of x_t."""
 
     def _estimate(self, rows: Tensor, time: float, *text: Tensor) -> Tensor:
         return self.unet(rows, time, encoder_hidden_states=text[0]).sample
@@ -89,10 +91,10 @@ class UNetPrior(DiffusersPrior):
         text: Any,
         branches: Sequence[Branch],
     ) -> Float[Tensor, "b c h w"]:
-        """The U-Net's estimate in the dtype of `x_t`, `micro_batch` rows at a time whatever their branches."""
-        seen, time = self.schedule.network_input(x_t, timestep)
-        rows = torch.cat([seen, self._beside(condition, branches)], dim=1).to(self.unet.dtype)
-        numbers = [branch if isinstance(branch, int) else self.wordless_rows[branch] for branch in branches]
+        """Estimate the noise in the dtype of `x_t`, `micro_batch` rows at a time whatever their branches."""
+        scaled, time = self.schedule.network_input(x_t, timestep)
+        rows = torch.cat([scaled, self._extra_channels(condition, branches)], dim=1).to(self.unet.dtype)
+        numbers = [branch if isinstance(branch, int) else self.promptless_rows[branch] for branch in branches]
         texts = [part[numbers] for part in (text if isinstance(text, PooledText) else (text,))]
         output = self._in_micro_batches(lambda batch, *parts: self._estimate(batch, time, *parts), rows, *texts)
         return self.schedule.noise(x_t, output.to(x_t.dtype), timestep)

@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from csd_2d.errors import one_sentence
-from csd_2d.files import replacing
-from csd_2d.images import IMAGE_SUFFIXES, read_image, write_image
-from csd_2d.metrics import decibels
+from csd_2d.io.files import replacing
+from csd_2d.io.images import IMAGE_SUFFIXES, read_image, write_image
+from csd_2d.metrics.fidelity import decibels
 from csd_2d.tiny import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, MODEL
 from csd_2d.tiny.instructions import INSTRUCTIONS
 from csd_2d.tiny.scenes import OBJECTS, Scenes, held_out

@@ -39,8 +39,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from csd_2d.errors import one_sentence
-from csd_2d.files import replacing
-from csd_2d.images import write_image
+from csd_2d.io.files import replacing
+from csd_2d.io.images import write_image
 from csd_2d.tiny.instructions import WORDINGS, draw_edits
 from csd_2d.tiny.scenes import OBJECTS, draw_scenes, held_out
 

@@ -27,11 +27,12 @@ import tyro
 
 from csd_2d import EditConfig, load_preset
 from csd_2d.closed_form import known_answers
-from csd_2d.images import edit_images
-from csd_2d.metrics import agreement
-from csd_2d.priors import Prior, load_prior
+from csd_2d.image_set import edit_images
+from csd_2d.io.video import read_clip
+from csd_2d.metrics.fidelity import agreement
+from csd_2d.prior import Prior
+from csd_2d.priors.loading import load_prior
 from csd_2d.tiny.scenes import held_out
-from csd_2d.video import read_clip
 
 PROMPT = "paint it a new color"
 DEFAULT = EditConfig()

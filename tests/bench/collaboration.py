@@ -26,15 +26,17 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from csd_2d import CanvasCrops, EditConfig, LatentStack, edit, load_preset
+from csd_2d import CanvasCrops, EditConfig, LatentStack, load_preset
 from csd_2d.closed_form import known_answers
-from csd_2d.flow import visible
-from csd_2d.metrics import agreement, warp_error
-from csd_2d.priors import Prior, load_prior
+from csd_2d.correspondence.flow import FrameFlows, visible
+from csd_2d.edit import edit
+from csd_2d.io.video import read_clip
+from csd_2d.metrics.consistency import warp_error
+from csd_2d.metrics.fidelity import agreement
+from csd_2d.prior import Prior
 from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.priors.loading import load_prior
 from csd_2d.tiny.scenes import held_out
-from csd_2d.transport import FrameFlows
-from csd_2d.video import read_clip
 
 
 def _config(preset: str = "default", **changes) -> EditConfig:

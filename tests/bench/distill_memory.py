@@ -34,9 +34,9 @@ def measure(data: Path, views: int, one_graph: bool) -> dict[str, float]:
     """In this process: peak memory above the start's in MB, and seconds, of one step forward and back."""
     from nerfstudio.configs.method_configs import all_methods
 
-    from csd_2d.priors import load_prior
-    from csd_nerf.distill import SceneParticles
-    from csd_nerf.scene import NerfactoViews
+    from csd_2d.priors.loading import load_prior
+    from csd_nerf.edit.distill import SceneParticles
+    from csd_nerf.views.nerfacto import NerfactoViews
 
     torch.manual_seed(0)
     config = copy.deepcopy(all_methods["csd-edit-tiny"].pipeline)

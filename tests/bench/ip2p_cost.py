@@ -16,7 +16,8 @@ import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from csd_2d import EditConfig, LatentStack, edit
+from csd_2d import EditConfig, LatentStack
+from csd_2d.edit import edit
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 from tests.tiny_pipeline import tiny_tokenizer
 

@@ -20,9 +20,9 @@ import torch
 import tyro
 
 from csd_2d import EditConfig, load_prior, ranks
-from csd_2d.images import edit_images
+from csd_2d.image_set import edit_images
 from csd_2d.panorama import edit_panorama
-from csd_2d.priors import Prior
+from csd_2d.prior import Prior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 from tests.bench.speed import Memory, small_pipeline
 

@@ -44,15 +44,16 @@ from torch import Tensor
 
 from csd_2d import EditConfig, load_preset
 from csd_2d.closed_form import known_answers, normalized
-from csd_2d.files import replacing
-from csd_2d.images import read_image, write_image
-from csd_2d.metrics import agreement, psnr
-from csd_2d.particles import stack_batch
-from csd_2d.priors import Prior, load_prior
-from csd_nerf.config import csd_edit_tiny
+from csd_2d.io.files import replacing
+from csd_2d.io.images import read_image, write_image
+from csd_2d.metrics.fidelity import agreement, psnr
+from csd_2d.phases import default_batch
+from csd_2d.prior import Prior
+from csd_2d.priors.loading import load_prior
 from csd_nerf.demo import NovelViews, edit_config, load_scene, scene_config, train
+from csd_nerf.edit.selection import Selection
+from csd_nerf.methods import csd_edit_tiny
 from csd_nerf.procedural_scene import write_scene
-from csd_nerf.selection import Selection
 
 PROMPTS = ("paint it blue", "paint it a new color")
 MEASURES = ("psnr", "color_psnr", "grey_psnr", "agreement", "agreement_training")
@@ -81,7 +82,7 @@ class Method:
 def image_steps(edit: EditConfig, count: int) -> int:
     """Particles that the steps of an edit of `count` images draw, all together."""
     first_phase = math.ceil(edit.together * edit.steps)
-    batch = min(stack_batch(count) if edit.batch is None else edit.batch or count, count)
+    batch = min(default_batch(count) if edit.batch is None else edit.batch or count, count)
     return first_phase * count + (edit.steps - first_phase) * batch
 
 

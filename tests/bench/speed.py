@@ -31,7 +31,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from csd_2d import CanvasCrops, EditConfig, LatentStack, edit, load_preset
+from csd_2d import CanvasCrops, EditConfig, LatentStack, load_preset
+from csd_2d.edit import edit
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 from tests.bench.ip2p_cost import full_size_pipeline
 from tests.bench.published import Draw, Published, edit_canvas, edit_frames

@@ -20,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from csd_2d.video import Clip, Streamed, write_clip
+from csd_2d.io.video import Clip, Streamed, write_clip
 
 
 def shapes(count: int, height: int, width: int) -> Clip:

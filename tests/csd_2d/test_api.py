@@ -7,7 +7,8 @@ from PIL import Image
 
 from csd_2d import EditConfig
 from csd_2d.api import CsdPanoramaPipeline, CsdVideoPipeline
-from csd_2d.images import edit_images, to_tensor
+from csd_2d.image_set import edit_images
+from csd_2d.io.images import to_tensor
 from csd_2d.panorama import edit_panorama
 
 NIGHT = "make it night"

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from csd_2d import CanvasCrops, EditConfig, edit, edit_residual, load_prior
+from csd_2d import CanvasCrops, EditConfig, edit_residual, load_prior
 from csd_2d.cli import main
-from csd_2d.images import read_image, write_image
+from csd_2d.edit import edit
+from csd_2d.io.images import read_image, write_image
 from csd_2d.panorama import compose, edit_panorama, stripes
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.tiles import fading, in_tiles, window_positions

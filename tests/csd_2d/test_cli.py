@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from csd_2d.cli import main
-from csd_2d.images import read_image, write_image
+from csd_2d.io.images import read_image, write_image
+from csd_2d.io.video import Clip, read_clip, write_clip
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.video import Clip, read_clip, write_clip
 
 NIGHT = ["--prompt", "make it night", "--prior", "analytic", "--steps", "30"]
 

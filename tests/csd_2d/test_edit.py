@@ -14,17 +14,18 @@ from csd_2d import (
     LatentStack,
     NonFiniteError,
     add_noise,
-    edit,
     edit_residual,
     guidance_weights,
     load_preset,
     load_prior,
     surrogate_loss,
 )
-from csd_2d.edit import Batches, preset_names
-from csd_2d.images import edit_images
-from csd_2d.particles import window_positions
+from csd_2d.edit import edit
+from csd_2d.image_set import edit_images
+from csd_2d.phases import Batches
+from csd_2d.presets import preset_names
 from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.tiles import window_positions
 
 AMBIGUOUS = "paint it a new color"
 

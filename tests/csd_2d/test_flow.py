@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from csd_2d import flow as flow_module
-from csd_2d.flow import optical_flow, visible, warp
+from csd_2d.correspondence import flow as flow_module
+from csd_2d.correspondence.flow import optical_flow, visible, warp
 
 
 def textured(height: int, width: int, seed: int = 0) -> torch.Tensor:

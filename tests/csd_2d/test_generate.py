@@ -7,10 +7,10 @@ import torch
 
 from csd_2d import load_prior
 from csd_2d.cli import main
-from csd_2d.edit import _ProgressFile
 from csd_2d.generate import GENERATE, generate
-from csd_2d.images import read_image, write_image
+from csd_2d.io.images import read_image, write_image
 from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.progress import ProgressFile
 from tests.tiny_pipeline import tiny_text_to_image
 
 GREY = torch.full((1, 3, 8, 8), 0.5)
@@ -103,7 +103,7 @@ def test_two_rows_a_particle_and_the_noise_is_the_baseline(folder, scale, rows):
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(_ProgressFile, "SECONDS", 0.0)
+    monkeypatch.setattr(ProgressFile, "SECONDS", 0.0)
     config = replace(GENERATE, steps=6)
 
     def interrupt(info):

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from csd_2d import CanvasCrops, EditConfig, LatentStack, Particles, edit
+from csd_2d import CanvasCrops, EditConfig, LatentStack, Particles
 from csd_2d.cli import main
-from csd_2d.edit import _ProgressFile
-from csd_2d.images import read_image, write_image
+from csd_2d.edit import edit
+from csd_2d.io.images import read_image, write_image
 from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.progress import ProgressFile
 from tests.csd_2d.test_canvas import smooth
 
 
@@ -29,7 +30,7 @@ def canvas(stride: int = 6, **options) -> CanvasCrops:
 
 @pytest.fixture
 def saved_at_every_step(monkeypatch):
-    monkeypatch.setattr(_ProgressFile, "SECONDS", 0)
+    monkeypatch.setattr(ProgressFile, "SECONDS", 0)
 
 
 def interrupt(_):
@@ -128,7 +129,7 @@ def arguments(tmp_path):
 
 def run_with(seconds: float, arguments: list[str]) -> list[str]:
     """The command that saves its state every so many seconds."""
-    start = f"from csd_2d.edit import _ProgressFile; _ProgressFile.SECONDS = {seconds};"
+    start = f"from csd_2d.edit import ProgressFile; ProgressFile.SECONDS = {seconds};"
     return [sys.executable, "-c", f"import sys; {start} from csd_2d.cli import main; main(sys.argv[1:])", *arguments]
 
 

@@ -10,9 +10,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
 from torch import Tensor
 
-from csd_2d import EditConfig, LatentStack, edit, edit_residual, load_prior
+from csd_2d import EditConfig, LatentStack, edit_residual, load_prior
+from csd_2d.edit import edit
 from csd_2d.errors import NonFiniteError
-from csd_2d.images import edit_images
+from csd_2d.image_set import edit_images
 from csd_2d.priors import diffusers_model
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior

@@ -6,10 +6,13 @@ import torch.nn.functional as F
 
 from csd_2d import EditConfig, load_prior
 from csd_2d.cli import main
-from csd_2d.images import edit_images, feathered, read_image, read_mask, write_image
+from csd_2d.image_set import edit_images
+from csd_2d.io.images import read_image, write_image
+from csd_2d.io.masks import feathered, read_mask
+from csd_2d.io.video import Clip, read_clip, read_masks, write_clip
 from csd_2d.panorama import edit_panorama
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.video import Clip, edit_video, read_clip, read_masks, write_clip
+from csd_2d.video import edit_video
 from tests.csd_2d.test_cli import NIGHT
 
 

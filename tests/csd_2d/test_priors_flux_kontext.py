@@ -9,7 +9,7 @@ from diffusers import FluxKontextPipeline
 from torch import Tensor
 
 from csd_2d import EditConfig, edit_residual
-from csd_2d.images import edit_images
+from csd_2d.image_set import edit_images
 from csd_2d.panorama import edit_panorama
 from csd_2d.priors.flux_kontext import FluxKontextPrior
 from tests.tiny_pipeline import tiny_kontext, tiny_pipeline

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from csd_2d import EditConfig, load_prior
-from csd_2d.images import edit_images
+from csd_2d.image_set import edit_images
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.flux_kontext import FluxKontextPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior, InstructPix2PixXLPrior

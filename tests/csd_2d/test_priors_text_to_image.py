@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from csd_2d import EditConfig, LatentStack, edit, edit_residual
+from csd_2d import EditConfig, LatentStack, edit_residual
 from csd_2d.csd import guidance_weights
-from csd_2d.images import edit_images
+from csd_2d.edit import edit
+from csd_2d.image_set import edit_images
+from csd_2d.io.video import Clip
 from csd_2d.panorama import edit_panorama
 from csd_2d.priors.text_to_image import TextToImagePrior, TextToImageXLPrior
-from csd_2d.video import Clip, edit_video
+from csd_2d.video import edit_video
 from tests.tiny_pipeline import TOKENS, tiny_pipeline, tiny_text_to_image, tiny_text_to_image_xl
 
 SOURCE, TARGET, OTHER = "a river by day", "a river by night", "a river in fog"

@@ -7,7 +7,8 @@ import torch
 from diffusers import StableDiffusionXLInstructPix2PixPipeline
 from torch import Tensor
 
-from csd_2d import EditConfig, LatentStack, edit, edit_residual
+from csd_2d import EditConfig, LatentStack, edit_residual
+from csd_2d.edit import edit
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixXLPrior
 from tests.tiny_pipeline import tiny_xl
 

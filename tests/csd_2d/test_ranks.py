@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from csd_2d import ranks, svgd_direction
-from csd_2d.images import read_image, write_image
+from csd_2d.io.images import read_image, write_image
 from csd_2d.kernels import RBFKernel
 from tests.ranks_child import edits, frames_stack, long_canvas, long_edit, smooth
 

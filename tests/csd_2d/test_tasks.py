@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 
 from csd_2d import EditConfig, load_prior
-from csd_2d.files import replacing
-from csd_2d.images import edit_images, pad, read_image, to_array, write_image
+from csd_2d.cells import pad
+from csd_2d.image_set import edit_images
+from csd_2d.io.files import replacing
+from csd_2d.io.images import read_image, to_array, write_image
+from csd_2d.io.video import Clip, check_video_output, read_clip, write_clip
 from csd_2d.panorama import edit_panorama
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.video import Clip, check_video_output, edit_video, read_clip, write_clip
+from csd_2d.video import edit_video
 
 AMBIGUOUS = "paint it a new color"
 

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from csd_2d.cli import main
 from csd_2d.closed_form import EDITS, known_answers
-from csd_2d.images import read_image, write_image
-from csd_2d.priors import check_prior
+from csd_2d.io.images import read_image, write_image
+from csd_2d.priors.loading import check_prior
 from csd_2d.tiny import GUIDANCE_SCALE, MODEL, report, train
 from csd_2d.tiny.instructions import INSTRUCTIONS, WORDINGS, draw_edits
 from csd_2d.tiny.scenes import OBJECTS, Scenes, draw_scenes

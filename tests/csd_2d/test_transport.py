@@ -6,12 +6,15 @@ from itertools import product
 import pytest
 import torch
 
-from csd_2d import CanvasCrops, EditConfig, LatentStack, RBFKernel, edit, svgd_direction
-from csd_2d.flow import warp
+from csd_2d import CanvasCrops, EditConfig, LatentStack, RBFKernel, svgd_direction
+from csd_2d.correspondence import everywhere
+from csd_2d.correspondence.flow import FrameFlows, warp
+from csd_2d.correspondence.windows import window_correspondence
+from csd_2d.edit import edit
 from csd_2d.kernels import low_pass
-from csd_2d.metrics import agreement, warp_error
+from csd_2d.metrics.consistency import warp_error
+from csd_2d.metrics.fidelity import agreement
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.transport import FrameFlows, everywhere, window_transport
 
 
 class Tables:
@@ -62,14 +65,14 @@ def test_direction_is_the_slow_loop(normalize_rows):
 @pytest.mark.parametrize("normalize_rows", [True, False])
 def test_where_nothing_moves_it_is_the_ordinary_direction(normalize_rows):
     x, s = torch.randn(2, 5, 3, 4, 6, dtype=torch.float64)
-    still = window_transport([(2, 3)] * 5)
+    still = window_correspondence([(2, 3)] * 5)
     ordinary = svgd_direction(s, x, None, normalize_rows)
     torch.testing.assert_close(svgd_direction(s, x, None, normalize_rows, still), ordinary, rtol=1e-12, atol=1e-12)
 
 
 def test_one_particle_keeps_its_score():
     s = torch.randn(1, 3, 4, 4)
-    assert torch.equal(svgd_direction(s, torch.randn(1, 3, 4, 4), transport=window_transport([(0, 0)])), s)
+    assert torch.equal(svgd_direction(s, torch.randn(1, 3, 4, 4), transport=window_correspondence([(0, 0)])), s)
 
 
 def test_windows_hear_what_the_others_say_of_the_same_cell():
@@ -78,7 +81,7 @@ def test_windows_hear_what_the_others_say_of_the_same_cell():
     corners = [(0, 0), (1, 4), (1, 9), (0, 14)]
     scores = torch.stack([canvas[:, y : y + 8, x : x + 6] for y, x in corners])
     still = torch.zeros_like(scores)
-    followed = svgd_direction(scores, still, normalize_rows=True, transport=window_transport(corners))
+    followed = svgd_direction(scores, still, normalize_rows=True, transport=window_correspondence(corners))
     torch.testing.assert_close(followed, scores)
     assert (svgd_direction(scores, still, normalize_rows=True) - scores).abs().mean() > 0.5
 
@@ -155,8 +158,8 @@ def test_low_pass_is_a_projection_and_its_repulsion_is_the_gradient():
 def test_everywhere_leaves_nobody_out():
     corners = [(0, 0), (0, 3), (0, 40)]
     values = torch.randn(3, 2, 4, 6)
-    known, valid = window_transport(corners)(values, 0)
-    moved, everyone = everywhere(window_transport(corners))(values, 0)
+    known, valid = window_correspondence(corners)(values, 0)
+    moved, everyone = everywhere(window_correspondence(corners))(values, 0)
     assert everyone.all() and not valid[2].any()
     assert torch.equal(moved[2], values[2])
     assert torch.equal(moved[1][..., 3:], known[1][..., 3:])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from csd_2d.cli import main
-from csd_2d.video import Clip, read_clip, sound_fits, write_clip
+from csd_2d.io.video import Clip, read_clip, sound_fits, write_clip
 
 STEPS = ["--prompt", "make it night", "--prior", "analytic", "--steps", "4"]
 RATE = 48000

@@ -7,10 +7,12 @@ import torch
 
 from csd_2d import EditConfig
 from csd_2d.cli import Options, Video, main
-from csd_2d.images import read_image, write_image
+from csd_2d.io.images import read_image, write_image
+from csd_2d.io.video import Clip, read_clip, write_clip
+from csd_2d.keyframes import key_indices, propagate
+from csd_2d.metrics.consistency import flicker
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.temporal import flicker, key_indices, propagate
-from csd_2d.video import Clip, edit_video, read_clip, write_clip
+from csd_2d.video import edit_video
 from tests.csd_2d.test_flow import textured
 
 pytest.importorskip("cv2", reason="optical flow needs OpenCV")

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from csd_2d import EditConfig
-from csd_2d.images import edit_images
-from csd_2d.mapped import MappedStack, TensorFile
-from csd_2d.particles import LatentStack
+from csd_2d.image_set import edit_images
+from csd_2d.io.video import Clip, Streamed
+from csd_2d.latents import LatentStack, MappedStack, TensorFile
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.video import Clip, Streamed, edit_video
+from csd_2d.video import edit_video
 
 edit_module = sys.modules["csd_2d.edit"]  # csd_2d.edit itself is the function
 
@@ -111,7 +111,7 @@ def test_an_interrupted_edit_goes_on_where_it_was(tmp_path, monkeypatch, stopped
     prompt, state = "paint it a new color", tmp_path / "out.unfinished"
     expected = edit_video(clip, AnalyticPrior(), prompt, config)
 
-    monkeypatch.setattr(edit_module._ProgressFile, "SECONDS", 0.0)
+    monkeypatch.setattr(edit_module.ProgressFile, "SECONDS", 0.0)
 
     def interrupt(info):
         if info.step == stopped_at:

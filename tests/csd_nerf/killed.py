@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from nerfstudio.engine.trainer import Trainer
 
-from csd_2d.edit import EditRun, _ProgressFile
+from csd_2d.loss import EditLoss
+from csd_2d.progress import ProgressFile
 from tests.csd_nerf.conftest import train_in_process
 
 
@@ -35,8 +36,8 @@ def run_and_die(die_at: int | None, output: Path, events_file: Path, options: di
         return wrapper
 
     save = torch.save
-    _ProgressFile.SECONDS = 0.0
-    EditRun.loss = counted(EditRun.loss)
+    ProgressFile.SECONDS = 0.0
+    EditLoss.loss = counted(EditLoss.loss)
     Trainer.train_iteration = counted(Trainer.train_iteration)
     os.replace = counted(os.replace)
     torch.save = counted(torch.save)

@@ -10,16 +10,18 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.utils.eval_utils import eval_setup
 
 from csd_2d import EditConfig
-from csd_2d.images import read_image
+from csd_2d.io.images import read_image
+from csd_2d.io.video import read_clip
+from csd_2d.metrics.fidelity import change
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_2d.video import read_clip
-from csd_nerf import dataset_update
-from csd_nerf.artefacts import SHOWN, Cost, camera_path, change
-from csd_nerf.config import csd_edit
-from csd_nerf.model import SceneModel
+from csd_nerf.artifacts import SHOWN, camera_path
+from csd_nerf.cost import Cost
+from csd_nerf.edit import rounds as dataset_update
+from csd_nerf.methods import csd_edit
+from csd_nerf.models import SceneModel
 from csd_nerf.pipeline import CsdEditPipelineConfig, memory_advice
-from csd_nerf.scene import NerfactoViews
 from csd_nerf.trainer import EditTrainer
+from csd_nerf.views.nerfacto import NerfactoViews
 from tests.csd_nerf.test_training import QUICK, checkpoint, edit_in_process, failing
 
 

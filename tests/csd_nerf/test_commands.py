@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from csd_2d.closed_form import known_answers
-from csd_2d.images import read_image
+from csd_2d.io.images import read_image
 
 pytestmark = pytest.mark.slow
 

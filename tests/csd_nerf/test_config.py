@@ -10,7 +10,7 @@ import tyro
 import yaml
 from nerfstudio.configs.method_configs import all_methods
 
-from csd_nerf.config import csd_edit, csd_edit_splat, csd_edit_tiny, csd_scene_tiny
+from csd_nerf.methods import csd_edit, csd_edit_splat, csd_edit_tiny, csd_scene_tiny
 
 METHODS = ("csd-edit", "csd-edit-splat", "csd-edit-tiny", "csd-scene-tiny")
 

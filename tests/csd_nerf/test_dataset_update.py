@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from csd_2d import EditConfig, load_prior
-from csd_2d.images import read_image
-from csd_nerf import dataset_update
-from csd_nerf.dataset_update import DatasetUpdate
+from csd_2d.io.images import read_image
+from csd_nerf.edit import rounds as dataset_update
+from csd_nerf.edit.rounds import DatasetUpdate
 
 NUM_VIEWS = 7
 

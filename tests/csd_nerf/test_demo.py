@@ -5,8 +5,8 @@ import json
 import pytest
 
 from csd_2d.cli import main
-from csd_2d.images import read_image
-from csd_2d.video import read_clip
+from csd_2d.io.images import read_image
+from csd_2d.io.video import read_clip
 from csd_nerf import demo
 
 

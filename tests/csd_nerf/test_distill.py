@@ -7,9 +7,10 @@ from nerfstudio.utils.eval_utils import eval_setup
 from csd_2d import EditConfig
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
-from csd_nerf import scene
-from csd_nerf.distill import Distillation, SceneParticles
-from csd_nerf.scene import NerfactoViews, replayed
+from csd_nerf.edit.distill import Distillation, SceneParticles
+from csd_nerf.views import base as scene
+from csd_nerf.views.base import replayed
+from csd_nerf.views.nerfacto import NerfactoViews
 from tests.csd_nerf.test_training import checkpoint, edit_in_process
 from tests.tiny_pipeline import tiny_pipeline
 

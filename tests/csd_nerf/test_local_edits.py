@@ -6,11 +6,11 @@ import pytest
 import torch
 from nerfstudio.utils.eval_utils import eval_setup
 
-from csd_2d.images import read_image, write_image
+from csd_2d.io.images import read_image, write_image
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_nerf.masks import masks_of_solid
+from csd_nerf.edit.masks import masks_of_solid
 from csd_nerf.pipeline import CsdEditPipelineConfig
-from csd_nerf.scene import NerfactoViews
+from csd_nerf.views.nerfacto import NerfactoViews
 from tests.csd_nerf.test_training import edit_in_process, failing
 
 

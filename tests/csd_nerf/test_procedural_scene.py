@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from csd_2d.images import read_image
+from csd_2d.io.images import read_image
 from csd_nerf import procedural_scene
 from csd_nerf.procedural_scene import (
     ELEVATIONS,

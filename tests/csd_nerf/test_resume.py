@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from csd_2d import EditConfig
-from csd_nerf.resume import latest_whole_checkpoint, random_state, set_random_state
+from csd_nerf.edit.resume import latest_whole_checkpoint, random_state, set_random_state
 from tests.csd_nerf.conftest import train_in_process
 from tests.csd_nerf.killed import run_and_die
 

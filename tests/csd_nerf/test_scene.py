@@ -12,8 +12,8 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.configs.method_configs import all_methods
 from PIL import Image
 
-from csd_2d.images import read_image
-from csd_nerf.scene import NerfactoViews
+from csd_2d.io.images import read_image
+from csd_nerf.views.nerfacto import NerfactoViews
 
 
 def make_pipeline(data: Path, **model):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from csd_2d import EditConfig
-from csd_2d.images import read_image
-from csd_nerf.config import csd_edit_tiny
+from csd_2d.io.images import read_image
+from csd_nerf.methods import csd_edit_tiny
 from tests.bench import scene_edit
 from tests.bench.scene_edit import Results, edit_scene, image_steps, main, methods
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from csd_nerf.selection import ViewRounds
+from csd_nerf.edit.selection import ViewRounds
 
 CIRCLE = torch.stack([torch.tensor([a.cos(), a.sin(), 0.0]) for a in torch.arange(20) * (2 * torch.pi / 20)])
 

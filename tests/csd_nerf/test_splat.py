@@ -21,14 +21,15 @@ from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 
 from csd_2d import EditConfig
-from csd_2d.images import read_image
+from csd_2d.io.images import read_image
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_nerf.artefacts import Artefacts
-from csd_nerf.distill import SceneParticles
-from csd_nerf.masks import masks_of_solid
-from csd_nerf.pipeline import CsdEditPipeline, CsdEditPipelineConfig, training_views
+from csd_nerf.artifacts import Artifacts
+from csd_nerf.edit.distill import SceneParticles
+from csd_nerf.edit.masks import masks_of_solid
+from csd_nerf.models import SplatModelConfig
+from csd_nerf.pipeline import CsdEditPipeline, CsdEditPipelineConfig
 from csd_nerf.source_run import check_fits, read_checkpoint
-from csd_nerf.splat import SplatModelConfig
+from csd_nerf.views import training_views
 from tests.csd_nerf.conftest import train_in_process, train_stock
 from tests.csd_nerf.plain_rasterizer import rasterization
 from tests.csd_nerf.test_distill import gradients
@@ -303,7 +304,7 @@ def test_renders_have_neither_the_crop_nor_the_background_of_a_viewer(pipeline):
     assert torch.equal(views.render(2), before)
     assert torch.equal(views.render_with_gradient(2).detach().cpu(), before)
     assert model.crop_box is box and (model.background_color == 1).all() and model.training
-    artefacts = Artefacts(pipeline, views, views.original, Path(), None)
+    artefacts = Artifacts(pipeline, views, views.original, Path(), None)
     films = []
     for background in (torch.ones(3), views._background):
         model.set_crop(None)

@@ -17,7 +17,7 @@ from nerfstudio.engine.trainer import Trainer
 from nerfstudio.utils.eval_utils import eval_setup
 
 from csd_2d import EditConfig, load_prior
-from csd_2d.images import read_image
+from csd_2d.io.images import read_image
 from csd_nerf import pipeline as pipeline_module
 from csd_nerf.pipeline import CsdEditPipeline
 from tests.csd_nerf.conftest import train_in_process, train_stock

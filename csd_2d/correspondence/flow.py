@@ -1,5 +1,6 @@
-"""Where a pixel of one image is found in another: optical flow, warping, visibility."""
+"""Optical flow between images, warping and visibility; the correspondence of a video's frames."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from csd_2d.correspondence import Correspondence
+
 SMALLEST = 128
 """Shortest side, in pixels, that flow is estimated at: what RAFT needs, and patches of 8 px (DIS) can move in."""
 
 
 @torch.no_grad()
 def optical_flow(a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> Float[Tensor, "2 H W"]:
-    """How far each pixel of `a` has moved in `b`, in pixels: (dx, dy), right and down.
+    """Estimate how far each pixel of `a` has moved in `b`, in pixels: (dx, dy), right and down.
 
     RAFT (Teed & Deng, arXiv 2003.12039), where torchvision's weights lie in torch.hub's cache; nothing is downloaded.
     Elsewhere dense inverse search (Kroeger et al., arXiv 1603.03590), from OpenCV. Small images are enlarged first.
@@ -45,6 +48,12 @@ def optical_flow(a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> Float[
     flow = _dense_inverse_search(pair) if model is None else model(*(2 * pair - 1)[:, None])[-1][0]
     flow = F.interpolate(flow[None], (height, width), mode="bilinear", antialias=True)[0]
     return flow * flow.new_tensor([width / size[1], height / size[0]])[:, None, None]
+
+
+def check_flow() -> None:
+    """Check that optical flow can be estimated here. ImportError if not, as `optical_flow` raises."""
+    still = torch.zeros(3, SMALLEST, SMALLEST)
+    optical_flow(still, still)
 
 
 @cache
@@ -81,7 +90,7 @@ def _dense_inverse_search(pair: Float[Tensor, "2 3 H W"]) -> Float[Tensor, "2 H 
 
 
 def warp(values: Float[Tensor, "*n c H W"], flow: Float[Tensor, "*n 2 H W"]) -> Float[Tensor, "*n c H W"]:
-    """Values of an image b at the pixels of an image a: out(p) = values(p + flow(p)).
+    """Sample values of an image b at the pixels of an image a: out(p) = values(p + flow(p)).
 
     Bilinear; beyond the border the border's values are repeated.
 
@@ -108,7 +117,7 @@ def warp(values: Float[Tensor, "*n c H W"], flow: Float[Tensor, "*n 2 H W"]) -> 
 
 
 def _landing(flow: Float[Tensor, "*n 2 H W"]) -> Float[Tensor, "*n 2 H W"]:
-    """p + flow(p), as (x, y) in pixels, 0 in the middle of the first."""
+    """Compute p + flow(p), as (x, y) in pixels, 0 in the middle of the first."""
     height, width = flow.shape[-2:]
     y, x = torch.meshgrid(
         torch.arange(height, device=flow.device), torch.arange(width, device=flow.device), indexing="ij"
@@ -117,9 +126,9 @@ def _landing(flow: Float[Tensor, "*n 2 H W"]) -> Float[Tensor, "*n 2 H W"]:
 
 
 def visible(forward: Float[Tensor, "*n 2 H W"], backward: Float[Tensor, "*n 2 H W"]) -> Float[Tensor, "*n 1 H W"]:
-    """1 where a pixel of a is seen in b too, 0 where it is hidden there or has left the picture.
+    """Mark pixels of a that are visible in b too with 1, those hidden there or out of the picture with 0.
 
-    Seen is what the flow back brings home: |f(p) + g(p + f(p))|^2 < 0.01 (|f|^2 + |g|^2) + 0.5
+    A pixel is visible if the flow back returns to it: |f(p) + g(p + f(p))|^2 < 0.01 (|f|^2 + |g|^2) + 0.5
     (Sundaram, Brox & Keutzer, ECCV 2010, section 3.2).
 
     Args:
@@ -137,3 +146,54 @@ def visible(forward: Float[Tensor, "*n 2 H W"], backward: Float[Tensor, "*n 2 H 
     gap = (forward + returned).square().sum(-3)
     length = forward.square().sum(-3) + returned.square().sum(-3)
     return (inside & (gap < 0.01 * length + 0.5)).unsqueeze(-3).to(forward)
+
+
+class FrameFlows:
+    """Correspondence of a video's frames by optical flow, estimated when a pair is first needed, and kept.
+
+    Frames further apart than `REACH` count as showing nothing in common. Flow of the others is kept at latent
+    resolution, 12 bytes a cell for each ordered pair.
+
+    Args:
+        frames: the unedited frames, of one size in whole cells, RGB in [0, 1].
+        cell: pixels per latent cell along one side.
+        device: where flow is estimated; it is kept on the CPU.
+    """
+
+    REACH = 12
+
+    def __init__(self, frames: Sequence[Float[Tensor, "3 H W"]], cell: int, device: str | torch.device = "cpu") -> None:
+        self._frames, self._cell, self._device = frames, cell, device
+        self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def flow(self, a: int, b: int) -> Float[Tensor, "2 H W"]:
+        """Estimate the flow from frame a to frame b, in pixels."""
+        return optical_flow(*(self._frames[index].to(self._device) for index in (a, b)))
+
+    def between(self, a: int, b: int) -> tuple[Float[Tensor, "2 h w"], Float[Tensor, "1 h w"]]:
+        """Look up the flow from frame a to frame b in latent cells, and the share of each cell of a visible in b."""
+        if (a, b) not in self._known:
+            forward, backward = self.flow(a, b), self.flow(b, a)
+            self._known[a, b] = self._in_cells(forward, backward)
+            self._known[b, a] = self._in_cells(backward, forward)
+        return self._known[a, b]
+
+    def _in_cells(self, forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = F.avg_pool2d(torch.cat([forward, visible(forward, backward)]), self._cell).cpu()
+        return pooled[:2] / self._cell, pooled[2:]
+
+    def correspondence(self, indices: Sequence[int]) -> Correspondence:
+        """Match some of the frames by the flow between them."""
+
+        def moved(values: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
+            here = indices[receiver]
+            near = [row for row, sender in enumerate(indices) if 0 < abs(sender - here) <= self.REACH]
+            arrived, valid = values.clone(), torch.zeros_like(values[:, :1])
+            valid[receiver] = 1
+            if near:
+                maps = zip(*(self.between(here, indices[row]) for row in near), strict=True)
+                flows, seen = (torch.stack(rows).to(values) for rows in maps)
+                arrived[near], valid[near] = warp(values[near], flows), seen
+            return arrived, valid
+
+        return moved

@@ -6,21 +6,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.images import IMAGE_SUFFIXES, feathered, read_mask
-from csd_nerf.scene import TrainingViews
-from csd_nerf.splat import FAR
+from csd_2d.io.images import IMAGE_SUFFIXES
+from csd_2d.io.masks import feathered, read_mask
+from csd_nerf.views.base import FAR, TrainingViews
 
 SAMPLED = 1000
-"""Pixels of a view, at least, by which an error says where surfaces lie."""
+"""Pixels of a view, at least, from which an error message tells where surfaces lie."""
 
 Sphere = tuple[float, float, float, float]
-"""Centre x, y, z and radius."""
+"""Center x, y, z and radius."""
 Box = tuple[float, float, float, float, float, float]
 """Lowest x, y, z and highest x, y, z."""
 
 
 def inside(points: Float[Tensor, "3 H W"], solid: Sphere | Box) -> Float[Tensor, "1 H W"]:
-    """1 where a point lies in the solid, else 0.
+    """Mark points inside the solid with 1, others with 0.
 
     Example:
         >>> import torch
@@ -37,7 +37,7 @@ def inside(points: Float[Tensor, "3 H W"], solid: Sphere | Box) -> Float[Tensor,
 
 
 def masks_of_solid(views: TrainingViews, solid: Sphere | Box, feather: float) -> list[Float[Tensor, "1 H W"]]:
-    """For each view the pixels whose surface, as the scene is learned, lies in the solid.
+    """Mark, in each view, the pixels whose surface in the scene lies in the solid.
 
     Raises:
         ValueError: if no view shows anything of it.
@@ -56,14 +56,14 @@ def masks_of_solid(views: TrainingViews, solid: Sphere | Box, feather: float) ->
 
 
 def _extent(points: Float[Tensor, "3 n"]) -> str:
-    """Where points lie, but for the outermost 5 % on each side, and for those of pixels that show nothing."""
+    """Describe where points lie, without the outermost 5 % on each side and pixels that show nothing."""
     shown = points.where(points.norm(dim=0) < FAR / 2, torch.nan)
     ranges = shown.nanquantile(torch.tensor([0.05, 0.95]), dim=1).T.tolist()
     return ", ".join(f"{axis} {low:.3g} to {high:.3g}" for axis, (low, high) in zip("xyz", ranges, strict=True))
 
 
 def masks_from_folder(views: TrainingViews, folder: Path, feather: float) -> list[Float[Tensor, "1 H W"]]:
-    """For each view the image of its file's name, whatever the ending: white may change.
+    """Read a mask for each view, by the name of its file without the ending: white may change.
 
     Raises:
         ValueError: if one is missing or all are black, or as `read_mask` raises.

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files whole or not at all."""
 
 import os
 import tempfile
@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"
-"""How names of temporary folders begin. One that is there while nothing writes is left of a program that was killed."""
+"""Prefix of temporary folders. One that exists while nothing writes was left by a program that was killed."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends without an error.
+    """Yield a temporary name beside `path`; the file or folder written there replaces it if the block ends well.
 
-    So that a reader never meets a half-written file, and an error leaves what was there before.
+    A reader then never meets a half-written file, and an error leaves the previous one in place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:

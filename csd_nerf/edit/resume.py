@@ -1,9 +1,7 @@
-"""Exact resume: a checkpoint's other half, and the config of an interrupted run."""
+"""Exact resume: the state that checkpoints leave out, and the config of an interrupted run."""
 
 import dataclasses
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,12 +12,12 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from csd_nerf.source_run import PlainName, PlainObject, config_file, dataparser_of, read_plain_config
 
-REST = ".rest"
-"""Suffix of what lies beside a step's .ckpt and holds what nerfstudio leaves out."""
+EDIT_STATE_SUFFIX = ".rest"
+"""Suffix of the file beside a step's .ckpt that holds the state nerfstudio leaves out."""
 
 
 def random_state() -> dict[str, Any]:
-    """Of all generators that nerfstudio draws from, as `torch.load(weights_only=True)` takes it."""
+    """Return the state of all generators that nerfstudio draws from, loadable with `weights_only`."""
     _, keys, *numbers = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -30,7 +28,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Goes back to what `random_state` returned."""
+    """Restore what `random_state` returned."""
     random.setstate(state["python"])
     keys, *numbers = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *numbers))
@@ -39,44 +37,35 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """What the block draws is not missed afterwards."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
-
-
 def latest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The last step's checkpoint that can be read, and the rest of it; None if there is none.
+    """Read the last checkpoint that is whole, and the edit's state beside it; None if there is none.
 
-    One that is cut short is passed over with a warning.
+    One that is cut short is skipped with a warning.
     """
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         try:
-            checkpoint, rest = (
-                torch.load(half, map_location="cpu", weights_only=True) for half in (path, path.with_suffix(REST))
+            checkpoint, edit_state = (
+                torch.load(half, map_location="cpu", weights_only=True)
+                for half in (path, path.with_suffix(EDIT_STATE_SUFFIX))
             )
-            if checkpoint["step"] != rest["step"]:
+            if checkpoint["step"] != edit_state["step"]:
                 raise ValueError("two halves of different steps")
         except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, ValueError):
             CONSOLE.print(f"[yellow]{path.name} is not whole; going on from what was saved before it.")
             continue
-        return checkpoint, rest
+        return checkpoint, edit_state
     return None
 
 
-def take_up(config: Any, path: Path, kept: frozenset[str]) -> None:
-    """Puts the settings of an interrupted run into the config of its method.
+def restore_config(config: Any, path: Path, kept: frozenset[str]) -> None:
+    """Load the settings of an interrupted run into the config of its method.
 
     The file is read, not executed: only values whose place in the config is known are taken.
 
     Args:
         config: of the run's method; changed in place.
         path: RUN/config.yml, or the folder RUN.
-        kept: fields, with dots for nested ones, that stay as they are.
+        kept: fields, with dots for nested ones, that are not restored.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -101,7 +90,7 @@ def take_up(config: Any, path: Path, kept: frozenset[str]) -> None:
 
 
 def _restored(default: Any, saved: Any, kept: frozenset[str] = frozenset()) -> Any:
-    """`default` with the values of `saved`, however deep."""
+    """Replace values of `default` by those of `saved`, however deep."""
     if isinstance(saved, PlainName):  # a class or a function, which the default knows
         return default
     if isinstance(saved, PlainObject):

@@ -16,10 +16,9 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from nerfstudio.plugins.types import MethodSpecification
 from nerfstudio.utils.external import TCNN_EXISTS
 
-from csd_2d.edit import EditConfig
-from csd_nerf.model import SceneModelConfig
+from csd_2d.config import EditConfig
+from csd_nerf.models import SceneModelConfig, SplatModelConfig
 from csd_nerf.pipeline import CsdEditPipelineConfig
-from csd_nerf.splat import SplatModelConfig
 from csd_nerf.trainer import EditTrainerConfig, SceneTrainerConfig
 
 

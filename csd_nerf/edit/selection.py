@@ -13,11 +13,11 @@ class ViewRounds:
     """Batches of views without end; every view gets its turn before any is drawn again.
 
     Args:
-        positions: where the cameras stand.
+        positions: of the cameras.
         size: views in a batch; 0 takes all.
-        selection: `random` (the paper's, arXiv 2307.04787, D.3), `spread`: each batch is spread over the cameras'
-            positions as evenly as can be, `near`: a batch is a view and its nearest neighbours.
-        generator: what is random is drawn from it.
+        selection: `random` (the paper's, arXiv 2307.04787, D.3), `spread`: a batch covers the cameras' positions as
+            evenly as possible, `near`: a batch is a view and its nearest neighbors.
+        generator: source of what is random.
 
     Example:
         >>> line = torch.arange(6.0)[:, None] * torch.tensor([[1.0, 0.0, 0.0]])
@@ -45,10 +45,25 @@ class ViewRounds:
         return batch
 
     def _pick(self, candidates: list[int], batch: list[int]) -> int:
-        """The next view of a batch."""
+        """Choose the next view of a batch."""
         if not batch or self._selection == "random":
             return candidates[int(torch.randint(len(candidates), (), generator=self._generator))]
-        to_batch = self._distances[candidates][:, batch]
         if self._selection == "near":
-            return candidates[int(to_batch[:, 0].argmin())]
-        return candidates[int(to_batch.min(1).values.argmax())]
+            return candidates[int(self._distances[candidates, batch[0]].argmin())]
+        return candidates[int(self._distances[candidates][:, batch].min(1).values.argmax())]
+
+
+def farthest_points(positions: Float[Tensor, "n 3"], count: int) -> list[int]:
+    """Choose points that cover all positions: each next one is the farthest from those before it.
+
+    Source: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985. The first point is arbitrary,
+    but always the same.
+
+    Returns:
+        Their indices, at most `count`.
+
+    Example:
+        >>> sorted(farthest_points(torch.tensor([[0.0, 0, 0], [0.1, 0, 0], [8.9, 0, 0], [9, 0, 0]]), 4))
+        [0, 1, 2, 3]
+    """
+    return next(ViewRounds(positions.cpu(), count, "spread", torch.Generator().manual_seed(0)))

@@ -1,4 +1,4 @@
-"""Mode *dataset update*: in rounds, some training images are replaced by joint edits of what the scene shows."""
+"""Mode *dataset update*: in rounds, some training images are replaced by joint edits of their renders."""
 
 import dataclasses
 import json
@@ -11,31 +11,32 @@ import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from csd_2d.edit import EditConfig
-from csd_2d.files import replacing
-from csd_2d.images import edit_images, read_image, write_image
-from csd_2d.priors import Prior
-from csd_nerf.artefacts import Cost, change
-from csd_nerf.scene import TrainingViews
-from csd_nerf.selection import Selection, ViewRounds
+from csd_2d.config import EditConfig
+from csd_2d.image_set import edit_images
+from csd_2d.io.files import replacing
+from csd_2d.io.images import read_image, write_image
+from csd_2d.metrics.fidelity import change
+from csd_2d.prior import Prior
+from csd_nerf.cost import Cost
+from csd_nerf.edit.selection import Selection, ViewRounds
+from csd_nerf.views.base import TrainingViews
 
 SMALLEST_CHANGE = 0.01
-"""Mean change of the first round's views, within masks, of RGB in [0, 1], under which a warning says so."""
+"""Mean change of the first round's views, within masks, in RGB from 0 to 1, below which a warning is printed."""
 
 
 class DatasetUpdate:
-    """Draws views, renders them, edits them together and puts the result in place of their training images.
+    """Draws views, renders them, edits them together and replaces their training images by the result.
 
-    Every view gets its turn before any is drawn again. The start of an edit is the present render (arXiv 2307.04787,
-    D.3).
+    Every view gets its turn before any is drawn again. An edit starts from the present render (arXiv 2307.04787, D.3).
 
-    A finished round is a folder RUN/rounds/NNN: the edited images, and round.json. A run that was interrupted finds it
-    there and does not edit again; what is supervised is what lies there, so that it makes no difference. RUN/edited
-    holds each view as it was last edited.
+    A finished round is a folder RUN/rounds/NNN with the edited images and round.json. The scene is trained on the files
+    in it, so that a run that was interrupted can read them back instead of editing again. RUN/edited holds the last
+    edit of each view.
 
     Args:
         views: the scene's training views.
-        source: what the edit of a view is conditioned on.
+        source: the image that conditions the edit of a view.
         load_prior: called at the first round, so that rendering a scene never loads a diffusion model.
         prompt: the instruction.
         edit: settings of each round's edit; its seed is that of the draw, too.
@@ -67,10 +68,10 @@ class DatasetUpdate:
         self._load_masks = load_masks
         self._masks: list[Tensor] | None = None
         self.costs: list[Cost] = []
-        """Of each round so far."""
+        """Costs of the rounds so far."""
 
     def run_round(self, number: int, label: str = "edit", finished: bool = False) -> list[int]:
-        """Edits the next views, unless that was done before the run was interrupted; returns which.
+        """Edit the next views, unless that was done before the run was interrupted; returns their indices.
 
         Args:
             number: 0 for the first round; rounds are to be asked for in order.
@@ -87,14 +88,14 @@ class DatasetUpdate:
             self._masks = self._load_masks()
         if not folder.is_dir():
             if finished:
-                raise ValueError(f"{folder} is missing, which the run has learned from already; begin a new run.")
+                raise ValueError(f"{folder} is missing, but the scene was trained on it already; begin a new run.")
             self._edit(number, drawn, folder, label)
         self._check(folder, drawn)
         _unfinished(folder).unlink(missing_ok=True)
         for index in drawn:
             name = f"{self._views.name(index)}.png"
             image = read_image(folder / name)
-            if self._masks is not None:  # a source need not be one of 8 bits, and stays what it is outside the mask
+            if self._masks is not None:  # outside the mask the source stays, even one of more than 8 bits
                 image = torch.where(self._masks[index] > 0, image, self._source(index))
             self._views.supervise(index, image)
             with replacing(self._edited / name) as temporary:
@@ -109,7 +110,7 @@ class DatasetUpdate:
         if self._prior is None:
             self._prior = self._load_prior()
         cost = Cost()
-        # nerfstudio lets cuDNN try which algorithm is fastest; an interrupted round knows its sources by their bits.
+        # nerfstudio lets cuDNN choose the fastest algorithm; an interrupted round recognizes its sources by their bits.
         with cost.counted(self._prior.device), torch.backends.cudnn.flags(enabled=True, deterministic=True):
             edited = self._edit_together(number, drawn, label, _unfinished(folder))
         with replacing(folder) as unfinished:
@@ -149,7 +150,7 @@ class DatasetUpdate:
             raise ValueError(f"the data or the settings have changed since {folder} was made; begin a new run.")
 
     def _warn_of_no_change(self, measured: dict[str, float]) -> None:
-        """An edit that does nothing would train for hours and look like a bug of the renderer."""
+        """Warn of an edit that does nothing, which would train for hours and look like a bug of the renderer."""
         changed = measured["mean"] if self._masks is None else measured["inside"]
         if changed < SMALLEST_CHANGE:
             CONSOLE.print(
@@ -160,32 +161,5 @@ class DatasetUpdate:
 
 
 def _unfinished(folder: Path) -> Path:
-    """Where the state of a round's edit is kept until the round's folder is there."""
+    """Return the file that keeps the state of a round's edit until the round's folder exists."""
     return folder.with_suffix(".part")
-
-
-def time_left(rounds: list[Cost], count: int, training: Cost, step: int, steps: int) -> str:
-    """How long a run will still take, as far as that is known.
-
-    nerfstudio's own estimate is the mean of the last few steps, and knows of no rounds.
-
-    Args:
-        rounds: what those so far took.
-        count: how many there will be.
-        training: what the steps so far took.
-        step: how many these are.
-        steps: how many there will be.
-
-    Example:
-        >>> time_left([Cost(600.0)] * 2, 10, Cost(100.0), 1000, 5000)
-        '; about 1 h 27 min left'
-        >>> time_left([Cost(600.0)], 10, Cost(), 0, 5000)
-        '; about 1 h 30 min left, and the training between the rounds'
-    """
-    seconds = (count - len(rounds)) * sum(cost.seconds for cost in rounds) / len(rounds)
-    seconds += (steps - step) * training.seconds / max(step, 1)
-    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
-    time = f"{hours} h {minutes} min" if hours else f"{minutes} min"
-    if count == len(rounds) and not step:
-        return ""
-    return f"; about {time} left" + ("" if step else ", and the training between the rounds")

@@ -1,0 +1,1 @@
+"""Image and video files: nothing else reads or writes them."""

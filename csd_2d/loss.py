@@ -1,0 +1,159 @@
+"""The loss of CSD-Edit, step by step: its gradient moves particles along phi."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from csd_2d import ranks
+from csd_2d.config import EditConfig
+from csd_2d.csd import Mixing, NoisedParticles, Step, csd_step, edit_residual
+from csd_2d.kernels import Kernel
+from csd_2d.particles import Layout, Particles, noise_source
+from csd_2d.phases import Phases
+from csd_2d.prior import Prior
+
+Prompt = str | Sequence[str]
+"""One instruction, or several, each of which applies somewhere (`Layout.shares`)."""
+
+
+def check_prompt(prompt: Prompt) -> list[str]:
+    """Return the instructions as a list. Raises ValueError if there is none, or one is empty."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("prompt is empty; say what to change, e.g. 'make it night'.")
+    return prompts
+
+
+class EditLoss:
+    """Compute the loss of an edit, one step after the other; the caller steps along its gradient.
+
+    `csd_2d.edit.Edit` does so with SGD on latents, `csd_nerf` with the optimizers of a scene.
+
+    Args:
+        particles: what to edit.
+        prompt: the instruction, e.g. "make it night", or several; see `Prompt`.
+        config: default `EditConfig()`.
+        layout: how the particles belong together. Default: each is an image of its own.
+        kernel: compares particles. Default: RBF, with the bandwidths of `config`.
+        mixing: mixes scores, in place of SVGD with that kernel.
+
+    Raises:
+        ValueError: if a prompt is empty or unknown to the prior, or `config` and `layout` do not fit together.
+    """
+
+    def __init__(
+        self,
+        particles: Particles,
+        prior: Prior,
+        prompt: Prompt,
+        config: EditConfig | None = None,
+        *,
+        layout: Layout | None = None,
+        kernel: Kernel | None = None,
+        mixing: Mixing | None = None,
+    ) -> None:
+        if kernel is not None and mixing is not None:
+            raise ValueError("give a kernel or a mixing, not both: a mixing brings its own kernel.")
+        self.particles, self.prior, self.config = particles, ranks.share_rows(prior), config or EditConfig()
+        self._prior_name = type(prior).__name__
+        self.layout = layout or Layout()
+        self.guidance = {
+            name: getattr(prior if getattr(self.config, name) is None else self.config, name)
+            for name in ("guidance_scale", "image_guidance_scale")
+        }
+        self.index = 0
+        """Number of the next step."""
+        self._generator = torch.Generator().manual_seed(self.config.seed)
+        self._draw_noise = noise_source(self.config.noise, self.layout)
+        numbers = particles.source([0]).numel()
+        self._phases = Phases(
+            self.config, self.layout, len(particles), numbers, prior.num_timesteps, self._generator, kernel, mixing
+        )
+        self.prompts: list[tuple[int, list[str]]] = []
+        """Prompts so far, each with the step from which on it holds."""
+        self.prompt = prompt
+
+    @property
+    def prompt(self) -> list[str]:
+        """The instructions of the next step. May be set between steps, to as many as there were."""
+        return self.prompts[-1][1]
+
+    @prompt.setter
+    def prompt(self, prompt: Prompt) -> None:
+        prompts = check_prompt(prompt)
+        if self.prompts and len(prompts) != len(self.prompt):
+            raise ValueError(f"the number of prompts must stay {len(self.prompt)}, got {len(prompts)}.")
+        self._text = self.prior.encode_text(prompts)
+        if self.prompts and self.prompts[-1][0] == self.index:
+            self.prompts.pop()
+        self.prompts.append((self.index, prompts))
+
+    def next(self) -> tuple[Float[Tensor, ""], Step]:
+        """Compute the next step's loss, whose gradient with respect to the particles is -w(t) phi, w(t) = sigma^2."""
+        phase = self._phases.of_step(self.index)
+        loss, step = csd_step(
+            self.particles,
+            next(phase.batches),
+            self.prior,
+            phase.timesteps,
+            self._draw_noise,
+            self._residual,
+            phase.mix,
+            self._generator,
+            self.index,
+        )
+        self.index += 1
+        return loss, step
+
+    def _residual(self, noised: NoisedParticles) -> Float[Tensor, "n c h w"]:
+        """Compute `edit_residual`, for as many particles at a time as the prior may get."""
+        shares = None if self.layout.shares is None else self.layout.shares(noised.indices)
+        size = self._phases.rows_at_once
+        parts = [
+            edit_residual(
+                self.prior,
+                noised.x_t[rows],
+                noised.source_t[rows],
+                noised.noise[rows],
+                self.prior.condition(noised.source[rows]),
+                timestep=noised.timestep,
+                text=self._text,
+                **self.guidance,
+                baseline=self.config.baseline,
+                shares=None if shares is None else shares[rows],
+            )
+            for rows in (slice(start, start + size) for start in range(0, len(noised.indices), size))
+        ]
+        return torch.cat(parts)
+
+    def fingerprint(self) -> str:
+        """Hash settings, first prompt and prior, which tell edits apart; not the particles."""
+        (_, prompts), *_ = self.prompts
+        digest = hashlib.sha256(repr((self.config, prompts, self.guidance, self._prior_name)).encode())
+        # Models of one family differ in how they encode a prompt; the analytic prior makes it a list of functions.
+        text = self.prior.encode_text(prompts)
+        for part in text if isinstance(text, tuple) else [text]:
+            if isinstance(part, Tensor):
+                digest.update(part.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the following steps depend on, beside the particles' parameters."""
+        return {
+            "index": self.index,
+            "prompts": [(index, list(prompts)) for index, prompts in self.prompts],
+            "generator": self._generator.get_state(),
+            "batches": self._phases.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to the step at which `state_dict` was called."""
+        self.index = state["index"]
+        self.prompts = [(index, list(prompts)) for index, prompts in state["prompts"]]
+        self._text = self.prior.encode_text(self.prompt)
+        self._generator.set_state(state["generator"])
+        self._phases.load_state_dict(state["batches"])

@@ -1,0 +1,1 @@
+"""How good an edit is: how close to its answer, and how consistent."""

@@ -1,0 +1,66 @@
+"""Time and memory of the stages of a run."""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Cost:
+    """Time and memory of a stage."""
+
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+    """On a GPU torch's peak in this stage; without one the process's peak until its end."""
+
+    @contextmanager
+    def counted(self, device: torch.device) -> Iterator[None]:
+        """Add the cost of the block on a device; the block must have waited for the work it started there."""
+        begin = time.monotonic()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        yield
+        self.seconds += time.monotonic() - begin
+        self.peak_memory_mb = max(self.peak_memory_mb, _peak_memory_mb(device))
+
+    def rounded(self) -> dict[str, float]:
+        """Return both to a tenth of a second and of a megabyte."""
+        return {name: round(value, 1) for name, value in dataclasses.asdict(self).items()}
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def time_left(rounds: list[Cost], count: int, training: Cost, step: int, steps: int) -> str:
+    """Estimate how long a run will still take, as a clause for a message.
+
+    nerfstudio's own estimate is the mean of the last few steps, and does not know of rounds.
+
+    Args:
+        rounds: costs of the rounds so far.
+        count: number of rounds in all.
+        training: cost of the training steps so far.
+        step: number of these.
+        steps: number of steps in all.
+
+    Example:
+        >>> time_left([Cost(600.0)] * 2, 10, Cost(100.0), 1000, 5000)
+        '; about 1 h 27 min left'
+        >>> time_left([Cost(600.0)], 10, Cost(), 0, 5000)
+        '; about 1 h 30 min left, and the training between the rounds'
+    """
+    seconds = (count - len(rounds)) * sum(cost.seconds for cost in rounds) / len(rounds)
+    seconds += (steps - step) * training.seconds / max(step, 1)
+    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
+    time = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    if count == len(rounds) and not step:
+        return ""
+    return f"; about {time} left" + ("" if step else ", and the training between the rounds")

@@ -1,0 +1,170 @@
+"""Nerfacto and splatfacto, built without a download; stock checkpoints load in them, and theirs in stock models."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torchvision
+from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.models.base_model import Model
+from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
+from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
+from torch import Tensor, nn
+
+from csd_nerf.source_run import SceneKind
+
+_SET_BY_EDIT = frozenset({"_target", "prompt", "download_lpips", "eval_num_rays_per_chunk", "camera_optimizer"})
+"""Fields of any model that an edit does not inherit from the pretrained run."""
+LEARNED = 30000
+"""The step at which splatfacto itself assumes a loaded scene to be (`SplatfactoModel.load_state_dict`)."""
+
+
+@dataclass
+class OfflineLpipsConfig:
+    """LPIPS as an option."""
+
+    download_lpips: bool = False
+    """Download AlexNet's weights (about 240 MB) so that LPIPS is reported, where neither torch's cache nor the
+    checkpoint has them."""
+
+
+class OfflineLpips(Model):
+    """Mixin that builds a model of nerfstudio without a download, with its stock parameters' names and shapes.
+
+    Stock models download AlexNet whenever they are built, to be able to report LPIPS. Here AlexNet stays zero unless
+    torch's cache or a checkpoint has its weights, and a metric of zero weights is not reported.
+    """
+
+    config: Any
+    lpips: nn.Module
+
+    def populate_modules(self) -> None:
+        with nullcontext() if self.config.download_lpips or _alexnet_is_cached() else _blank_alexnet():
+            super().populate_modules()
+
+    @property
+    def has_lpips(self) -> bool:
+        """Tell whether AlexNet has weights."""
+        return any(bool(p.any()) for p in self.lpips.net.net.parameters())  # type: ignore[union-attr]
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        if self.has_lpips:
+            return super().get_image_metrics_and_images(outputs, batch)
+        lpips, self.lpips = self.lpips, _NotMeasured()
+        try:
+            metrics, images = super().get_image_metrics_and_images(outputs, batch)
+        finally:
+            self.lpips = lpips
+        return {name: value for name, value in metrics.items() if not name.endswith("lpips")}, images
+
+
+@dataclass
+class SceneModelConfig(OfflineLpipsConfig, NerfactoModelConfig):
+    """Nerfacto, with LPIPS as an option."""
+
+    kind: ClassVar[SceneKind] = "nerfacto"
+    set_by_edit: ClassVar[frozenset[str]] = _SET_BY_EDIT | {"implementation", "use_proposal_weight_anneal"}
+    """Fields that an edit does not inherit from the pretrained run."""
+
+    _target: type = field(default_factory=lambda: SceneModel)
+
+
+class SceneModel(OfflineLpips, NerfactoModel):
+    """Nerfacto: stock checkpoints load, and ours load in stock nerfacto."""
+
+
+@dataclass
+class SplatModelConfig(OfflineLpipsConfig, SplatfactoModelConfig):
+    """Splatfacto, with LPIPS and densification as options."""
+
+    kind: ClassVar[SceneKind] = "splatfacto"
+    set_by_edit: ClassVar[frozenset[str]] = _SET_BY_EDIT | {
+        "stop_split_at",
+        "reset_alpha_every",
+        "num_downscales",
+        "random_init",
+        "num_random",
+    }
+    """Fields that an edit does not inherit from the pretrained run."""
+
+    _target: type = field(default_factory=lambda: SplatModel)
+    stop_split_at: int = 0
+    """Step of the edit up to which Gaussians are split and culled (splatfacto: 15000). 0: they stay as many as they
+    are. Dataset update only."""
+    reset_alpha_every: int = 1_000_000
+    """In steps of refinement (splatfacto: 30). As good as never: a reset would show in the edited views."""
+    num_downscales: int = 0
+    """The scene was already trained on its images in full size."""
+    random_init: bool = True
+    """The checkpoint's Gaussians replace those that the model starts with, and the data's points."""
+    num_random: int = 1000
+    """Gaussians before the checkpoint is loaded."""
+
+
+class SplatModel(OfflineLpips, SplatfactoModel):
+    """Splatfacto: stock checkpoints load, and ours load in stock splatfacto.
+
+    Its schedules continue where a loaded scene left them, with all degrees of spherical harmonics: step 0 of the
+    trainer is splatfacto's step `LEARNED`.
+    """
+
+    config: SplatModelConfig  # type: ignore[assignment]
+
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        if self.config.stop_split_at:
+            self.strategy.refine_start_iter += LEARNED
+            self.strategy.refine_stop_iter += LEARNED
+
+    def load_state_dict(self, dict: dict[str, Tensor], **kwargs: Any) -> None:  # type: ignore[override]
+        parameters = [*self.gauss_params.items()]
+        try:
+            super().load_state_dict(dict, **kwargs)
+        finally:  # also if it is strict and fails: the pipeline then tries again
+            # Optimizers, which were built before, do not know the parameters that splatfacto makes here.
+            for name, parameter in parameters:
+                parameter.data = self.gauss_params[name].data
+                self.gauss_params[name] = parameter
+
+    def step_cb(self, optimizers: Optimizers, step: int) -> None:
+        super().step_cb(optimizers, LEARNED + step)
+
+    def step_post_backward(self, step: int) -> None:
+        super().step_post_backward(LEARNED + step)
+
+
+class _NotMeasured(nn.Module):
+    """Placeholder for LPIPS, which fails on images under about 32 px even when nobody reads it."""
+
+    def forward(self, *_: Tensor) -> float:
+        return float("nan")
+
+
+def _alexnet_is_cached() -> bool:
+    name = torchvision.models.AlexNet_Weights.DEFAULT.url.rpartition("/")[2]
+    return (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
+
+
+@contextmanager
+def _blank_alexnet() -> Iterator[None]:
+    """Let torchvision build AlexNet's features full of zeros inside, whatever weights are asked for."""
+    build: Callable[..., torchvision.models.AlexNet] = torchvision.models.alexnet
+
+    def blank(**_: object) -> torchvision.models.AlexNet:
+        with torch.device("meta"):  # its classifier has 58 million parameters that nobody reads
+            net = build(weights=None)
+        net.features.to_empty(device="cpu")
+        for parameter in net.features.parameters():
+            nn.init.zeros_(parameter)
+        return net
+
+    torchvision.models.alexnet = blank
+    try:
+        yield
+    finally:
+        torchvision.models.alexnet = build
