@@ -60,6 +60,7 @@ class CanvasCrops:
         source: Float[Tensor, "1 c h w"],
         window: int,
         stride: int | None = None,
+        *,
         start: Float[Tensor, "1 c h w"] | None = None,
         mask: Bool[Tensor, "1 1 h w"] | None = None,
         regions: Float[Tensor, "1 prompts h w"] | None = None,

@@ -8,9 +8,9 @@ from csd_2d.mixing import KernelInput
 from csd_2d.particles import NoiseMode
 
 RENAMED = {
-    "consensus_fraction": "consensus_fraction",
-    "phase_boundary": "phase_boundary",
-    "consensus_bandwidth_scale": "consensus_bandwidth_scale",
+    "together": "consensus_fraction",
+    "turn_timestep": "phase_boundary",
+    "bandwidth_scale_together": "consensus_bandwidth_scale",
 }
 """Settings of version 0.1 and their present names; the old ones still work on the command line and in presets."""
 

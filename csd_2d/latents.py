@@ -15,7 +15,8 @@ class LatentStack:
 
     Args:
         source: latents of the unedited images.
-        start: latents to start from, which the edit changes in place if they are fp32. Default: a copy of `source`.
+        start: latents to start from, which the edit changes in place if they are fp32; not those of `source`. Default:
+            a copy of `source`.
         mask: cells that may change; the others keep the source's latents. Default: all.
         device: where the particles of a step go. Default: where `source` lies.
     """
@@ -23,6 +24,7 @@ class LatentStack:
     def __init__(
         self,
         source: Float[Tensor, "n c h w"],
+        *,
         start: Float[Tensor, "n c h w"] | None = None,
         mask: Bool[Tensor, "n 1 h w"] | None = None,
         device: str | torch.device | None = None,
@@ -94,7 +96,8 @@ class MappedStack(LatentStack):
         self, source: TensorFile, start: TensorFile, mask: TensorFile | None, device: str | torch.device
     ) -> None:
         self._files = [file for file in (source, start, mask) if file is not None]
-        super().__init__(source.map(), start.map(), None if mask is None else mask.map(), device)
+        allowed = None if mask is None else mask.map()
+        super().__init__(source.map(), start=start.map(), mask=allowed, device=device)
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._released(super().render(indices))

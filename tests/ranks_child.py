@@ -18,7 +18,7 @@ from csd_2d.edit import edit
 from csd_2d.image_set import ImageStack, edit_images
 from csd_2d.io.video import Clip
 from csd_2d.panorama import PanoramaCanvas, edit_panorama
-from csd_2d.particles import Particles
+from csd_2d.particles import Layout, Particles
 from csd_2d.prior import Prior
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.progress import ProgressFile
@@ -55,12 +55,20 @@ def edits(model: str) -> dict[str, Callable[[], list[Tensor]]]:
     def images(config: EditConfig, **options) -> list[Tensor]:
         return edit_images(frames, AnalyticPrior(), "make it night", config, **options)
 
-    def latents(prompts: list[str], particles: Callable[[Prior], Particles]) -> list[Tensor]:
+    def latents(prompts: list[str], make: Callable[[Prior], tuple[Particles, Layout]]) -> list[Tensor]:
         """By a U-Net, which takes one row at a time: how it rounds depends on the rows."""
         prior = load_prior(model, micro_batch=1)
-        made = particles(prior)
-        edit(made, prior, prompts, calm)
-        return ranks.whole_parameters(made)
+        particles, layout = make(prior)
+        edit(particles, prior, prompts, calm, layout=layout)
+        return [parameter.detach() for parameter in particles.parameters()]
+
+    def images_and_layout(prior: Prior) -> tuple[Particles, Layout]:
+        stack = ImageStack(frames, prior)
+        return stack.particles, stack.layout
+
+    def crops_and_layout(prior: Prior) -> tuple[Particles, Layout]:
+        crops = PanoramaCanvas(smooth(70, 150), prior, 2).crops
+        return crops, crops.layout
 
     def panorama(image: Tensor, config: EditConfig, **options) -> list[Tensor]:
         return [edit_panorama(image, SmallWindow(), "make it night", config, **options)]
@@ -72,20 +80,32 @@ def edits(model: str) -> dict[str, Callable[[], list[Tensor]]]:
     return {
         "video": video,
         "images": lambda: images(default),
-        "images, of which few are drawn": lambda: images(EditConfig(steps=STEPS, together=0.2, batch=2)),
+        "images, of which few are drawn": lambda: images(EditConfig(steps=STEPS, consensus_fraction=0.2, batch=2)),
         "images, paper": lambda: images(paper),
         "images, no svgd, shared noise": lambda: images(EditConfig(steps=STEPS, svgd=False, noise="shared")),
         "images, masks": lambda: images(default, masks=[_half(frame) for frame in frames]),
-        "images, diffusers": lambda: latents(["make it night"], lambda prior: ImageStack(frames, prior).particles),
+        "images, diffusers": lambda: latents(["make it night"], images_and_layout),
         "panorama": lambda: panorama(wide, default),
         "panorama, paper": lambda: panorama(wide, paper, fade=False, stride=4),
         "panorama, wrapped, one noise": lambda: panorama(wide, EditConfig(steps=STEPS, noise="canvas"), wrap=True),
         "panorama, transport": lambda: panorama(wide, EditConfig(steps=STEPS, transport="both")),
         "panorama of fewer crops than processes": lambda: panorama(small, default),
-        "panorama, diffusers, two prompts": lambda: latents(
-            ["it", "make it"], lambda prior: PanoramaCanvas(smooth(70, 150), prior, 2).crops
-        ),
+        "panorama, diffusers, two prompts": lambda: latents(["it", "make it"], crops_and_layout),
     }
+
+
+def rows_of_an_edit() -> int:
+    """How many noise estimates this process makes for an edit of five frames."""
+    rows = 0
+
+    class Counting(AnalyticPrior):
+        def noise_estimate(self, x_t, *arguments):
+            nonlocal rows
+            rows += len(x_t)
+            return super().noise_estimate(x_t, *arguments)
+
+    edit(frames_stack(), Counting(), "make it night", EditConfig(steps=3))
+    return rows
 
 
 def frames_stack(count: int = 5) -> LatentStack:
@@ -95,12 +115,13 @@ def frames_stack(count: int = 5) -> LatentStack:
 def long_edit(particles, file: Path, on_step=None) -> None:
     """An edit that keeps its state after every step."""
     with patch.object(ProgressFile, "SECONDS", 0.0):
-        edit(particles, AnalyticPrior(), "paint it a new color", EditConfig(steps=12, batch=3), on_step, resume=file)
+        layout, config = getattr(particles, "layout", None), EditConfig(steps=12, batch=3)
+        edit(particles, AnalyticPrior(), "paint it a new color", config, on_step, resume=file, layout=layout)
 
 
 def long_canvas() -> CanvasCrops:
     source = 2 * smooth(16, 40)[None] - 1
-    return CanvasCrops(source, source, 16, 8)
+    return CanvasCrops(source, 16, 8)
 
 
 def main() -> None:
@@ -118,34 +139,30 @@ def main() -> None:
 def work(what: str, file: str, *model: str) -> None:
     if what == "edits":
         results = {name: run() for name, run in edits(*model).items()}
-        held = ranks.of_each(len(frames_stack().latents))
+        rows = ranks.gather_numbers(rows_of_an_edit())
         if ranks.rank() == 0:
-            torch.save({"held": held, **results}, file)
-        else:
-            assert not results["images"]
+            torch.save({"rows": rows, **results}, file)
     elif what in ("die", "hang"):
 
         def fail(info) -> None:
-            if ranks.rank() == 1 and info.step == 4:
+            if ranks.rank() == 1 and info.index == 4:
                 os.kill(os.getpid(), signal.SIGKILL) if what == "die" else time.sleep(30)
 
         long_edit(frames_stack(), Path(file), fail)
     elif what in ("resume stack", "resume canvas"):
         particles = frames_stack() if what == "resume stack" else long_canvas()
         steps = []
-        long_edit(particles, Path(file), lambda info: steps.append(info.step))
-        whole = ranks.whole_parameters(particles)
+        long_edit(particles, Path(file), lambda info: steps.append(info.index))
+        whole = [parameter.detach() for parameter in particles.parameters()]
         if ranks.rank() == 0:
             torch.save({"steps": steps, "latents": whole}, f"{file}.result")
-    elif what == "too few":
-        frames_stack(1)
     elif what == "not finite":
-        latents = torch.rand(2, 3, 4, 4)
-        latents[1] = torch.nan  # on the second process only
-        held = ranks.held(2)
-        mine = latents[list(held)]
-        particles = LatentStack(mine, mine, held=held, count=2)
-        edit(particles, AnalyticPrior(), "make it night", EditConfig(svgd=False))
+
+        class Broken(AnalyticPrior):
+            def noise_estimate(self, x_t, *arguments):  # on the second process only
+                return super().noise_estimate(x_t, *arguments) * (torch.nan if ranks.rank() == 1 else 1)
+
+        edit(frames_stack(), Broken(), "make it night", EditConfig(svgd=False))
 
 
 if __name__ == "__main__":

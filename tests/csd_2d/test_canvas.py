@@ -65,37 +65,37 @@ def test_no_cell_is_updated_more_often_than_another(size, wrap):
             return super().render(indices)
 
     canvas = 2 * smooth(*size)[None] - 1
-    crops = Counting(canvas, canvas, 16, 12, wrap=wrap)
-    edit(crops, SmallWindow(), "make it night", EditConfig(steps=30))
+    crops = Counting(canvas, 16, 12, wrap=wrap)
+    edit(crops, SmallWindow(), "make it night", EditConfig(steps=30), layout=crops.layout)
     assert updates.min() == updates.max() == 30
     # Published: one grid at a quarter of the window, a third of it each step.
     updates.zero_()
-    crops = Counting(canvas, canvas, 16, 4, fade=False)
-    edit(crops, SmallWindow(), "make it night", EditConfig(steps=30, together=0.0))
+    crops = Counting(canvas, 16, 4, fade=False)
+    edit(crops, SmallWindow(), "make it night", EditConfig(steps=30, consensus_fraction=0.0), layout=crops.layout)
     assert updates.max() > 1.5 * updates.min()
 
 
 def test_grids_are_shifted_from_step_to_step():
     canvas = torch.zeros(1, 1, 16, 80)
-    crops = CanvasCrops(canvas, canvas, 16, 12)
-    borders = {crops.corners[i][1] for grid in crops.rounds() for i in grid}
+    crops = CanvasCrops(canvas, 16, 12)
+    borders = {crops.corners[i][1] for grid in crops.layout.rounds for i in grid}
     assert len(borders) > 40
 
 
 def test_crops_reach_over_the_border_of_a_circle():
     canvas = torch.arange(40.0).view(1, 1, 1, 40).expand(1, 1, 16, 40)
-    crops = CanvasCrops(canvas, canvas, 16, 16, wrap=True)
+    crops = CanvasCrops(canvas, 16, 16, wrap=True)
     over = next(i for i, (_, x) in enumerate(crops.corners) if x > 24)
     first = crops.corners[over][1]
-    for crop in (crops.render([over]), crops.source([over]), crops.condition([over])):
+    for crop in (crops.render([over]), crops.source([over])):
         assert crop[0, 0, 0].tolist() == [(first + i) % 40 for i in range(16)]
 
 
 @pytest.mark.parametrize("wrap", [False, True])
 def test_crops_that_count_alike_move_every_cell_they_cover_by_one(wrap):
     canvas = torch.zeros(1, 1, 8, 24)
-    crops = CanvasCrops(canvas, canvas, 8, 6, wrap=wrap, fade=False)
-    (moved,) = torch.autograd.grad(crops.render(crops.rounds()[0]).sum(), crops.canvas)
+    crops = CanvasCrops(canvas, 8, 6, wrap=wrap, fade=False)
+    (moved,) = torch.autograd.grad(crops.render(crops.layout.rounds[0]).sum(), crops.canvas)
     torch.testing.assert_close(moved, torch.ones_like(canvas))
 
 
@@ -123,12 +123,12 @@ def test_stripes_and_their_shares_of_the_published_crops():
         shares, covered = compose(stripes(count, 64, 240))
         assert (covered == 1).all()
         canvas = torch.zeros(1, 4, 64, 240)
-        crops = CanvasCrops(canvas, canvas, 64, 16, regions=shares[None], fade=False)
+        crops = CanvasCrops(canvas, 64, 16, regions=shares[None], fade=False)
         assert [x for _, x in crops.corners] == list(range(0, 177, 16))
         for index, (_, x) in enumerate(crops.corners):
             edges = [240 * k / count for k in range(count + 1)]
             overlaps = [max(min(right, x + 64) - max(left, x), 0) / 64 for left, right in itertools.pairwise(edges)]
-            assert crops.shares([index])[0, :, 0, 0].tolist() == pytest.approx(overlaps, abs=1e-5)
+            assert crops.layout.shares([index])[0, :, 0, 0].tolist() == pytest.approx(overlaps, abs=1e-5)
 
 
 def test_composed_residual_equals_the_slow_sum_and_evaluates_four_plus_active_prompts():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import sys
 from collections import Counter
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from csd_2d import (
     CanvasCrops,
+    Edit,
     EditConfig,
     LatentStack,
     NonFiniteError,
@@ -18,10 +18,13 @@ from csd_2d import (
     guidance_weights,
     load_preset,
     load_prior,
+    phases,
     surrogate_loss,
 )
+from csd_2d.cli import _parse
 from csd_2d.edit import edit
 from csd_2d.image_set import edit_images
+from csd_2d.particles import noise_source
 from csd_2d.phases import Batches
 from csd_2d.presets import preset_names
 from csd_2d.priors.analytic import AnalyticPrior
@@ -34,7 +37,7 @@ AMBIGUOUS = "paint it a new color"
 def stack():
     images = torch.rand(4, 3, 12, 10, generator=torch.Generator().manual_seed(3)) * 0.7 + 0.15
     latents = AnalyticPrior().encode(images)
-    return images, LatentStack(latents, latents)
+    return images, LatentStack(latents)
 
 
 class CountingPrior(AnalyticPrior):
@@ -103,8 +106,8 @@ def test_one_particle_is_the_delta_denoising_score(stack):
     images, _ = stack
     prior = AnalyticPrior()
     latents = prior.encode(images[:1])
-    particles = LatentStack(latents, latents)
-    config = EditConfig(steps=1, lr=0.7, seed=5, together=0)
+    particles = LatentStack(latents)
+    config = EditConfig(steps=1, lr=0.7, seed=5, consensus_fraction=0)
     edit(particles, prior, "make it night", config)
 
     generator = torch.Generator().manual_seed(5)
@@ -146,7 +149,7 @@ def test_particles_agree_with_svgd_and_not_without():
 
 def test_same_seed_same_bits_and_another_seed_differs(stack):
     images, _ = stack
-    config = EditConfig(steps=5, batch=2, together=0.2)
+    config = EditConfig(steps=5, batch=2, consensus_fraction=0.2)
     runs = [
         torch.stack(edit_images(list(images), AnalyticPrior(), AMBIGUOUS, dataclasses.replace(config, seed=seed)))
         for seed in (1, 1, 2)
@@ -172,7 +175,7 @@ def test_in_the_first_phase_all_move_as_one_under_much_noise_in_the_second_a_bat
         displacements.append(stack[1].latents.detach() - before[0])
         before[0] = stack[1].latents.detach().clone()
 
-    config = EditConfig(steps=10, batch=2, together=0.4, turn_timestep=0.6, bandwidth_scale_together=1e9)
+    config = EditConfig(steps=10, batch=2, consensus_fraction=0.4, phase_boundary=0.6, consensus_bandwidth_scale=1e9)
     edit(stack[1], AnalyticPrior(), "make it night", config, on_step=look)
     assert [len(info.indices) for info in steps] == [4] * 4 + [2] * 6
     assert min(info.timestep for info in steps[:4]) >= 599 >= max(info.timestep for info in steps[4:])
@@ -183,10 +186,9 @@ def test_in_the_first_phase_all_move_as_one_under_much_noise_in_the_second_a_bat
 
 def test_of_many_particles_as_many_as_fit_move_as_one_each_in_its_turn(monkeypatch):
     latents = torch.zeros(9, 3, 2, 2)
-    # csd_2d.edit itself is the function
-    monkeypatch.setattr(sys.modules["csd_2d.edit"], "MIXED_NUMBERS", 3 * latents[0].numel())
+    monkeypatch.setattr(phases, "MAX_STEP_NUMBERS", 3 * latents[0].numel())
     seen = []
-    edit(LatentStack(latents, latents), AnalyticPrior(), "make it night", EditConfig(steps=6, together=1), seen.append)
+    edit(LatentStack(latents), AnalyticPrior(), "make it night", EditConfig(steps=6, consensus_fraction=1), seen.append)
     for turn in (seen[:3], seen[3:]):
         assert sorted(index for info in turn for index in info.indices) == [*range(9)]
 
@@ -195,8 +197,8 @@ def test_of_many_particles_as_many_as_fit_move_as_one_each_in_its_turn(monkeypat
 def test_by_default_a_third_of_the_particles_takes_part_in_a_step(total, expected):
     drawn = []
     images = torch.rand(total, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    stack = LatentStack(images, images)
-    config = EditConfig(steps=2, together=0.5)
+    stack = LatentStack(images)
+    config = EditConfig(steps=2, consensus_fraction=0.5)
     edit(stack, AnalyticPrior(), "make it night", config, on_step=lambda info: drawn.append(len(info.indices)))
     assert drawn == [total, expected]
 
@@ -209,7 +211,7 @@ def test_the_prior_never_sees_more_particles_at_once_than_a_batch(stack):
             sizes.append(len(x_t))
             return super().noise_estimate(x_t, timestep, condition, text, branches)
 
-    config = EditConfig(steps=3, batch=2, together=0.3, image_guidance_scale=1.5)
+    config = EditConfig(steps=3, batch=2, consensus_fraction=0.3, image_guidance_scale=1.5)
     edit(stack[1], Watching(), "make it night", config)
     assert max(sizes) == 2 * 5
 
@@ -224,7 +226,7 @@ def test_window_positions_cover_every_cell_whatever_the_stride():
 
 def test_overlapping_gradients_are_averaged():
     canvas = torch.zeros(1, 2, 4, 10)
-    crops = CanvasCrops(canvas, canvas, window=4, stride=3, fade=False)
+    crops = CanvasCrops(canvas, window=4, stride=3, fade=False)
     assert [x for _, x in crops.corners] == [0, 3, 6]
     crops.render([0, 1, 2]).sum().backward()
     assert torch.equal(crops.canvas.grad, torch.ones_like(canvas))
@@ -236,8 +238,8 @@ def test_overlapping_gradients_are_averaged():
 @pytest.mark.parametrize(("size", "stride"), [((4, 10), 3), ((9, 13), 2), ((4, 4), 1), ((11, 8), 4)])
 def test_crops_that_fade_move_every_cell_alike(size, stride):
     canvas = torch.zeros(1, 1, *size)
-    crops = CanvasCrops(canvas, canvas, window=4, stride=stride)
-    for grid in crops.rounds():
+    crops = CanvasCrops(canvas, window=4, stride=stride)
+    for grid in crops.layout.rounds:
         crops.canvas.grad = None
         crops.render(grid).sum().backward()
         torch.testing.assert_close(crops.canvas.grad, torch.ones(1, 1, *size))
@@ -245,7 +247,7 @@ def test_crops_that_fade_move_every_cell_alike(size, stride):
 
 def test_a_crop_says_most_about_its_middle_and_nothing_is_lost_at_the_canvas_border():
     canvas = torch.zeros(1, 1, 8, 16)
-    crops = CanvasCrops(canvas, canvas, window=8, stride=4)
+    crops = CanvasCrops(canvas, window=8, stride=4)
     crops.render([1]).sum().backward()
     weights = crops.canvas.grad[0, 0]
     assert weights[0].tolist() == weights[7].tolist() == [0] * 4 + [0.125, 0.375, 0.625, 0.875] * 1 + [
@@ -257,23 +259,22 @@ def test_a_crop_says_most_about_its_middle_and_nothing_is_lost_at_the_canvas_bor
 
 def test_noise_modes():
     canvas = torch.zeros(1, 2, 4, 10)
-    crops = CanvasCrops(canvas, canvas, window=4, stride=3)
+    crops = CanvasCrops(canvas, window=4, stride=3)
     independent, shared, mapped = (
-        crops.noise([0, 1], mode, torch.Generator().manual_seed(0)) for mode in ("independent", "shared", "canvas")
+        noise_source(mode, crops.layout)([0, 1], crops.source([0, 1]), torch.Generator().manual_seed(0))
+        for mode in ("independent", "shared", "canvas")
     )
     assert not torch.equal(independent[0], independent[1])
     assert torch.equal(shared[0], shared[1])
     assert torch.equal(mapped[0][..., 3:], mapped[1][..., :1])  # the cell both crops cover
     assert not torch.equal(mapped[0], mapped[1])
-    stack = LatentStack(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
-    assert torch.equal(*stack.noise([0, 1], "shared", torch.Generator()))
     with pytest.raises(ValueError, match="'canvas' needs crops"):
-        stack.noise([0], "canvas", torch.Generator())
+        Edit(LatentStack(torch.zeros(2, 3, 4, 4)), AnalyticPrior(), AMBIGUOUS, EditConfig(noise="canvas"))
 
 
 def test_master_latents_are_float32():
     half = torch.rand(2, 3, 4, 4).half()
-    particles = LatentStack(half, half)
+    particles = LatentStack(half)
     assert particles.latents.dtype == torch.float32
     assert particles.source([0]).dtype == torch.float32
 
@@ -317,7 +318,7 @@ def test_presets(tmp_path):
     assert load_preset("paper") == EditConfig(
         lr=2.0,
         batch=4,
-        together=0,
+        consensus_fraction=0,
         kernel_input="noisy",
         bandwidth_scale=1.0,
         normalize_rows=False,
@@ -331,6 +332,18 @@ def test_presets(tmp_path):
             load_preset(str(mine))
     with pytest.raises(ValueError, match="expected default, fast, low-memory, paper"):
         load_preset("nope")
+
+
+def test_old_names_of_settings_still_work_with_a_warning(tmp_path, capsys):
+    preset = tmp_path / "old.yaml"
+    preset.write_text("together: 0.3\nturn_timestep: 0.4\nbandwidth_scale_together: 7.0\n")
+    with pytest.warns(UserWarning, match="together is now called consensus_fraction"):
+        old = load_preset(str(preset))
+    assert old == EditConfig(consensus_fraction=0.3, phase_boundary=0.4, consensus_bandwidth_scale=7.0)
+    options = ["--together", "0.3", "--turn-timestep=0.4", "--bandwidth-scale-together", "7.0"]
+    command = _parse(["panorama", "in.png", "out.png", "--prompt", "make it night", *options])
+    assert command.options.edit == old
+    assert "csd: --turn-timestep is now called --phase-boundary." in capsys.readouterr().err
 
 
 def test_empty_prompt_and_unknown_prior():

@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(tmp_path, monkeyp
     config = replace(GENERATE, steps=6)
 
     def interrupt(info):
-        if info.step == 3:
+        if info.index == 3:
             raise KeyboardInterrupt
 
     arguments = (gaussian(), "make it sepia", 16, 40, config)

@@ -325,7 +325,7 @@ def test_tiles_are_never_narrower_than_their_overlap(prior, cells):
 def test_an_edit_runs_and_repeats_bit_for_bit(prior):
     def edited() -> Tensor:
         source = images(3)
-        particles = LatentStack(prior.encode(source), prior.condition(prior.encode(source)))
+        particles = LatentStack(prior.encode(source))
         edit(particles, prior, PROMPT, EditConfig(steps=3, batch=2))
         return particles.latents.detach()
 

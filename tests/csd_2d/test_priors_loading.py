@@ -42,9 +42,9 @@ def test_family_is_recognised_and_options_are_passed_on(family, tmp_path):
 
 def test_diffusers_is_imported_no_sooner_than_a_model_is_loaded():
     code = (
-        "import pkgutil, sys, csd_2d.cli, csd_2d.generate, csd_2d.priors\n"
+        "import pkgutil, sys, csd_2d.cli, csd_2d.generate, csd_2d.priors.loading\n"
         "for module in pkgutil.iter_modules(csd_2d.priors.__path__, 'csd_2d.priors.'): __import__(module.name)\n"
-        "csd_2d.priors.check_prior('sd', 'a river')\n"
+        "csd_2d.priors.loading.check_prior('sd', 'a river')\n"
         "assert 'csd_2d.priors.flux_kontext' in sys.modules\n"
         "print({m.split('.')[0] for m in sys.modules} & {'diffusers', 'transformers', 'huggingface_hub'})"
     )

@@ -145,7 +145,7 @@ def test_the_target_prompt_steers_the_edit_and_the_source_prompt_cancels_it(prio
 
     def edited(prompt: str) -> Tensor:
         source = images(3)
-        particles = LatentStack(prior.encode(source), prior.condition(prior.encode(source)))
+        particles = LatentStack(prior.encode(source))
         edit(particles, prior, prompt, EditConfig(steps=3, batch=2, svgd=False))
         return particles.latents.detach() - prior.encode(source)
 

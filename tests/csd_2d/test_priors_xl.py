@@ -188,7 +188,7 @@ def test_vae_that_overflows_in_half_precision_stays_in_single(folder):
 def test_an_edit_runs_and_repeats_bit_for_bit(prior):
     def edited() -> Tensor:
         source = images(3)
-        particles = LatentStack(prior.encode(source), prior.condition(prior.encode(source)))
+        particles = LatentStack(prior.encode(source))
         edit(particles, prior, PROMPT, EditConfig(steps=3, batch=2))
         return particles.latents.detach()
 

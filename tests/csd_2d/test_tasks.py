@@ -231,7 +231,7 @@ def test_a_diffusion_model_edits_a_panorama_and_a_video(tiny_pipeline_folder):
     """Random weights follow no instruction; they show that latents move, sizes stay and nothing breaks."""
     prior = load_prior(str(tiny_pipeline_folder))
     # On random weights guidance of 7.5 diverges: their estimates are not those of a denoiser.
-    config = EditConfig(steps=3, guidance_scale=1.5, lr=0.1, batch=3, together=0.3)
+    config = EditConfig(steps=3, guidance_scale=1.5, lr=0.1, batch=3, consensus_fraction=0.3)
     image = smooth(70, 150)
     edited = edit_panorama(image, prior, "make it night", config)
     assert edited.shape == image.shape

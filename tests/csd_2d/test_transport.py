@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from csd_2d import CanvasCrops, EditConfig, LatentStack, RBFKernel, svgd_direction
+from csd_2d import CanvasCrops, EditConfig, LatentStack, Layout, RBFKernel, svgd_direction
 from csd_2d.correspondence import everywhere
 from csd_2d.correspondence.flow import FrameFlows, warp
 from csd_2d.correspondence.windows import window_correspondence
@@ -14,6 +14,7 @@ from csd_2d.edit import edit
 from csd_2d.kernels import low_pass
 from csd_2d.metrics.consistency import warp_error
 from csd_2d.metrics.fidelity import agreement
+from csd_2d.mixing import corresponding_direction
 from csd_2d.priors.analytic import AnalyticPrior
 
 
@@ -30,6 +31,12 @@ class Tables:
         rows = values.flatten(2)
         moved = rows.gather(2, self.cells[receiver, :, None].expand_as(rows)).view_as(values)
         return moved, self.seen[receiver].view(len(values), 1, *values.shape[-2:]).to(values)
+
+
+def direction(scores, x, kernel=None, normalize_rows=False, transport=None, changes=None):
+    changes = torch.zeros_like(scores) if changes is None else changes
+    matrix = (kernel or RBFKernel())(x.flatten(1))
+    return corresponding_direction(scores, x, changes, matrix, transport, normalize_rows)
 
 
 def slow_direction(scores, x, changes, h, transport, normalize_rows):
@@ -57,7 +64,7 @@ def test_direction_is_the_slow_loop(normalize_rows):
     x, s, changes = torch.randn(3, 4, 2, 3, 5, generator=generator, dtype=torch.float64)
     transport = Tables(4, 3, 5, generator)
     for given, known in ((None, torch.zeros_like(s)), (changes, changes)):
-        phi = svgd_direction(s, x, RBFKernel(30.0), normalize_rows, transport, changes=given)
+        phi = direction(s, x, RBFKernel(30.0), normalize_rows, transport, given)
         expected = slow_direction(s, x, known, 30.0, transport, normalize_rows)
         torch.testing.assert_close(phi, expected, rtol=1e-10, atol=1e-12)
 
@@ -67,12 +74,12 @@ def test_where_nothing_moves_it_is_the_ordinary_direction(normalize_rows):
     x, s = torch.randn(2, 5, 3, 4, 6, dtype=torch.float64)
     still = window_correspondence([(2, 3)] * 5)
     ordinary = svgd_direction(s, x, None, normalize_rows)
-    torch.testing.assert_close(svgd_direction(s, x, None, normalize_rows, still), ordinary, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(direction(s, x, None, normalize_rows, still), ordinary, rtol=1e-12, atol=1e-12)
 
 
 def test_one_particle_keeps_its_score():
     s = torch.randn(1, 3, 4, 4)
-    assert torch.equal(svgd_direction(s, torch.randn(1, 3, 4, 4), transport=window_correspondence([(0, 0)])), s)
+    assert torch.equal(direction(s, torch.randn(1, 3, 4, 4), transport=window_correspondence([(0, 0)])), s)
 
 
 def test_windows_hear_what_the_others_say_of_the_same_cell():
@@ -81,18 +88,17 @@ def test_windows_hear_what_the_others_say_of_the_same_cell():
     corners = [(0, 0), (1, 4), (1, 9), (0, 14)]
     scores = torch.stack([canvas[:, y : y + 8, x : x + 6] for y, x in corners])
     still = torch.zeros_like(scores)
-    followed = svgd_direction(scores, still, normalize_rows=True, transport=window_correspondence(corners))
+    followed = direction(scores, still, normalize_rows=True, transport=window_correspondence(corners))
     torch.testing.assert_close(followed, scores)
     assert (svgd_direction(scores, still, normalize_rows=True) - scores).abs().mean() > 0.5
 
 
 def test_windows_overlap_across_the_borders_of_a_circle():
     canvas = torch.arange(10.0).expand(1, 1, 4, 10)
-    crops = CanvasCrops(canvas, canvas, window=4, stride=3, wrap=True, fade=False)
+    crops = CanvasCrops(canvas, window=4, stride=3, wrap=True, fade=False)
     indices = range(len(crops))
     values = crops.source(indices)
-    transport = crops.transport(indices)
-    assert transport is not None
+    transport = crops.layout.correspondence(indices)
     for receiver in indices:
         moved, valid = transport(values, receiver)
         shared = {x: {(x + k) % 10 for k in range(4)} for _, x in crops.corners}
@@ -125,7 +131,7 @@ def test_frames_follow_a_known_shift_in_latent_cells(cell):
 
     values = torch.zeros(2, 1, 48, 48)
     values[0, :, 20:24, 20:24] = 1
-    moved, valid = flows.transport([0, 1])(values, 1)
+    moved, valid = flows.correspondence([0, 1])(values, 1)
     assert torch.equal(moved[1], values[1]) and valid[1].all()
     row, column = divmod(int(moved[0, 0].mul(100).round().argmax()), 48)
     assert (20 <= row < 24) and (18 <= column < 22)  # two cells to the left of where it was
@@ -136,7 +142,7 @@ def test_distant_frames_are_not_compared():
     still = [torch.rand(3, 16, 16)] * (FrameFlows.REACH + 2)
     flows = FrameFlows(still, 1)
     values = torch.randn(3, 2, 16, 16)
-    _, valid = flows.transport([0, FrameFlows.REACH, FrameFlows.REACH + 1])(values, 0)
+    _, valid = flows.correspondence([0, FrameFlows.REACH, FrameFlows.REACH + 1])(values, 0)
     assert valid[0].all() and valid[1].all() and not valid[2].any()
 
 
@@ -174,13 +180,15 @@ class Watched:
         self.flows = FrameFlows(list(self.frames), 1)
         latents = AnalyticPrior().encode(self.frames)
         self.asked = 0
-        particles = LatentStack(latents, latents, transport=self.transport if known else None)
-        edit(particles, AnalyticPrior(), "invert the colors", EditConfig(steps=10, transport=transport, **settings))
+        particles = LatentStack(latents)
+        config = EditConfig(steps=10, transport=transport, **settings)
+        layout = Layout(correspondence=self.correspondence if known else None)
+        edit(particles, AnalyticPrior(), "invert the colors", config, layout=layout)
         self.edited = particles.latents.detach()
 
-    def transport(self, indices):
+    def correspondence(self, indices):
         self.asked += 1
-        return self.flows.transport(indices)
+        return self.flows.correspondence(indices)
 
     def flicker(self) -> float:
         flow, valid = self.flows.between(0, 3)
@@ -189,7 +197,7 @@ class Watched:
 
 def test_an_edit_follows_content():
     """Scores that say the same of the same thing leave a moving picture consistent; mixed in place they blur it."""
-    followed, in_place = Watched("both", together=1.0), Watched("off", together=1.0)
+    followed, in_place = Watched("both", consensus_fraction=1.0), Watched("off", consensus_fraction=1.0)
     assert followed.flicker() < 0.3 * in_place.flicker()
 
 
@@ -200,26 +208,27 @@ def test_frames_leave_their_deviations_from_the_others_behind():
     source = AnalyticPrior().encode(frames)
     start = source.clone()
     start[1] += 0.5
-    particles = LatentStack(source, source, start, transport=flows.transport)
-    config = EditConfig(steps=30, together=0.0, transport="both", bandwidth_scale=1e6)
-    edit(particles, AnalyticPrior(), "invert the colors", config)
+    particles = LatentStack(source, start=start)
+    config = EditConfig(steps=30, consensus_fraction=0.0, transport="both", bandwidth_scale=1e6)
+    layout = Layout(correspondence=flows.correspondence)
+    edit(particles, AnalyticPrior(), "invert the colors", config, layout=layout)
     assert (particles.latents[1] + source[1]).square().mean().sqrt() < 0.05
 
 
 @pytest.mark.parametrize(("transport", "asked"), [("off", 0), ("first", 4), ("second", 6), ("both", 10)])
 def test_phases_in_which_scores_are_moved(transport, asked):
-    assert Watched(transport, together=0.4).asked == asked
+    assert Watched(transport, consensus_fraction=0.4).asked == asked
 
 
 def test_the_second_phase_mixes_widely_only_where_places_are_known():
     """Without transport each follows its own score; an explicit bandwidth is obeyed in any case."""
-    own = Watched("both", known=False, together=0.0)
-    torch.testing.assert_close(own.edited, Watched("off", together=0.0, svgd=False).edited)
-    narrow = Watched("both", together=0.0, bandwidth_scale=0.01)
+    own = Watched("both", known=False, consensus_fraction=0.0)
+    torch.testing.assert_close(own.edited, Watched("off", consensus_fraction=0.0, svgd=False).edited)
+    narrow = Watched("both", consensus_fraction=0.0, bandwidth_scale=0.01)
     torch.testing.assert_close(narrow.edited, own.edited)
-    wide = Watched("both", together=0.0)
+    wide = Watched("both", consensus_fraction=0.0)
     assert (wide.edited - own.edited).abs().max() > 1e-3
-    torch.testing.assert_close(wide.edited, Watched("both", together=0.0, bandwidth_scale=10.0).edited)
+    torch.testing.assert_close(wide.edited, Watched("both", consensus_fraction=0.0, bandwidth_scale=10.0).edited)
 
 
 def test_metrics_of_a_moving_picture():

@@ -139,7 +139,9 @@ def test_motion_is_no_flicker():
 
 def test_of_a_long_video_a_sample_is_looked_at(monkeypatch):
     pairs = []
-    monkeypatch.setattr("csd_2d.temporal.optical_flow", lambda a, b: pairs.append(1) or torch.zeros(2, *a.shape[1:]))
+    monkeypatch.setattr(
+        "csd_2d.metrics.consistency.optical_flow", lambda a, b: pairs.append(1) or torch.zeros(2, *a.shape[1:])
+    )
     flicker([torch.rand(3, 16, 16)] * 41, [torch.rand(3, 16, 16)] * 41, 41, most_pairs=10)
     assert len(pairs) == 2 * 10
 

@@ -23,11 +23,11 @@ def pictures(count: int, height: int = 12, width: int = 20) -> list[torch.Tensor
 
 
 def in_files(latents: torch.Tensor) -> MappedStack:
-    files = [TensorFile() for _ in range(3)]
+    files = [TensorFile() for _ in range(2)]
     for latent in latents:
         for file in files:
             file.append(latent)
-    return MappedStack(files[0], files[1], files[2], None, "cpu", range(len(latents)), len(latents))
+    return MappedStack(*files, None, "cpu")
 
 
 class Watched(Streamed):
@@ -100,7 +100,7 @@ def test_memory_held_does_not_grow_with_what_was_read():
 
 
 def test_a_step_has_gradients_of_those_alone_it_drew():
-    stack = LatentStack(torch.rand(5, 3, 4, 4), torch.rand(5, 3, 4, 4))
+    stack = LatentStack(torch.rand(5, 3, 4, 4))
     stack.render([3, 1]).sum().backward()
     assert [parameter.grad is not None for parameter in stack.parameters()] == [False, True, False, True, False]
 
@@ -114,7 +114,7 @@ def test_an_interrupted_edit_goes_on_where_it_was(tmp_path, monkeypatch, stopped
     monkeypatch.setattr(edit_module.ProgressFile, "SECONDS", 0.0)
 
     def interrupt(info):
-        if info.step == stopped_at:
+        if info.index == stopped_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -123,7 +123,7 @@ def test_an_interrupted_edit_goes_on_where_it_was(tmp_path, monkeypatch, stopped
 
     steps = []
     edited = edit_video(
-        clip, AnalyticPrior(), prompt, config, on_step=lambda info: steps.append(info.step), resume=state
+        clip, AnalyticPrior(), prompt, config, on_step=lambda info: steps.append(info.index), resume=state
     )
     assert steps == [*range(stopped_at + 1, 10)]
     assert all(torch.equal(*pair) for pair in zip(edited.frames, expected.frames, strict=True))

@@ -20,12 +20,12 @@ from tests.csd_2d.test_canvas import smooth
 
 def stack(count: int = 9, mask: torch.Tensor | None = None) -> LatentStack:
     latents = 2 * torch.stack([smooth(6, 6, seed) for seed in range(count)]) - 1
-    return LatentStack(latents, latents, mask=mask)
+    return LatentStack(latents, mask=mask)
 
 
 def canvas(stride: int = 6, **options) -> CanvasCrops:
     latents = 2 * smooth(8, 40)[None] - 1
-    return CanvasCrops(latents, latents, 8, stride, **options)
+    return CanvasCrops(latents, 8, stride, **options)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_resumed_edit_ends_in_the_same_bits(tmp_path, saved_at_every_step, sto
         pass
 
     def stop(info):
-        if info.step + 1 == stopped_after:
+        if info.index + 1 == stopped_after:
             raise Killed
 
     file = tmp_path / "state"
@@ -56,7 +56,7 @@ def test_a_resumed_edit_ends_in_the_same_bits(tmp_path, saved_at_every_step, sto
     for first in (stopped_after, 30):  # the second time it is done already, and no step is left
         resumed, infos = stack(), []
         edit(resumed, prior, "paint it a new color", config, on_step=infos.append, resume=file)
-        assert [info.step for info in infos] == list(range(first, 30))
+        assert [info.index for info in infos] == list(range(first, 30))
         assert torch.equal(resumed.latents, whole.latents)
 
 
@@ -80,12 +80,16 @@ REGIONS = torch.cat([LEFT, 1 - LEFT], 1)
 def test_states_of_other_particles_are_refused(
     tmp_path, saved_at_every_step, begun: Callable[[], Particles], resumed: Callable[[], Particles]
 ):
-    file, prompts, config = tmp_path / "state", ["make it night", "make it sepia"], EditConfig(steps=5)
+    def run(particles, **options):
+        layout, prompts = getattr(particles, "layout", None), ["make it night", "make it sepia"]
+        file, config = tmp_path / "state", EditConfig(steps=5)
+        edit(particles, AnalyticPrior(), prompts, config, resume=file, layout=layout, **options)
+
     with pytest.raises(KeyboardInterrupt):
-        edit(begun(), AnalyticPrior(), prompts, config, on_step=interrupt, resume=file)
+        run(begun(), on_step=interrupt)
     with pytest.raises(ValueError, match="another prompt, other settings, masks or images"):
-        edit(resumed(), AnalyticPrior(), prompts, config, resume=file)
-    edit(begun(), AnalyticPrior(), prompts, config, resume=file)
+        run(resumed())
+    run(begun())
 
 
 def test_states_of_other_edits_and_broken_ones_are_refused(tmp_path, saved_at_every_step):
@@ -110,8 +114,8 @@ def test_an_edit_can_be_ended_early():
     particles, steps = stack(), []
 
     def third(info):
-        steps.append(info.step)
-        return info.step == 2
+        steps.append(info.index)
+        return info.index == 2
 
     edit(particles, AnalyticPrior(), "make it night", EditConfig(steps=30), on_step=third)
     assert steps == [0, 1, 2]
@@ -129,7 +133,7 @@ def arguments(tmp_path):
 
 def run_with(seconds: float, arguments: list[str]) -> list[str]:
     """The command that saves its state every so many seconds."""
-    start = f"from csd_2d.edit import ProgressFile; ProgressFile.SECONDS = {seconds};"
+    start = f"from csd_2d.progress import ProgressFile; ProgressFile.SECONDS = {seconds};"
     return [sys.executable, "-c", f"import sys; {start} from csd_2d.cli import main; main(sys.argv[1:])", *arguments]
 
 
