@@ -225,7 +225,7 @@ def _check_output(output_type: str) -> None:
 
 
 def _tensor(image: ImageLike) -> Float[Tensor, "3 H W"]:
-    """RGB in [0, 1]."""
+    """Convert to RGB in [0, 1]."""
     if isinstance(image, Image.Image):
         return to_tensor(image)
     if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] == 3:

@@ -154,7 +154,7 @@ class Panorama:
     blend_regions: bool = False
     """Mix prompts cell by cell. Off: as published, by how much of a crop each region covers."""
     wrap: bool = False
-    """For 360 degree images: the left and the right border are neighbours."""
+    """For 360 degree images: the left and the right border are neighbors."""
     stride: int | None = None
     """Largest distance between crops in latent cells. Default: three quarters of the model's window; the paper takes a
     quarter."""
@@ -256,7 +256,7 @@ class Video:
         except ImportError:  # no optical flow
             return
         hint = "; --transport both lowers it, and --keyframes 4" if after > before and self.keyframes == 1 else ""
-        print(f"flicker: {after:.1f} grey levels, the source's {before:.1f}{hint}")
+        print(f"flicker: {after:.1f} gray levels, the source's {before:.1f}{hint}")
 
 
 def _check_sound(clip: "Clip", output: Path) -> None:

@@ -86,16 +86,16 @@ def _pencil_sketch(image: Tensor) -> Tensor:
 HUES = {"red": 0, "orange": 30, "yellow": 60, "green": 120, "cyan": 180, "blue": 240, "purple": 300, "pink": 330}
 """Angles in degrees in the plane of RGB vectors whose components sum to zero."""
 NEW_COLORS = ("red", "yellow", "green", "cyan", "blue", "purple")
-"""Answers of "paint it a new color": evenly spaced, so that none is a neighbour of more than two."""
+"""Answers of "paint it a new color": evenly spaced, so that none is a neighbor of more than two."""
 _TINT = 0.42
 
 
 def paint(hue: float) -> ImageEdit:
     """Adds a hue and leaves luma and detail alone.
 
-    The shift has the same length for every hue and does not depend on the source's own colours: all hues are equally
+    The shift has the same length for every hue and does not depend on the source's own colors: all hues are equally
     far from the source, so that an ambiguous instruction is decided by noise alone. It fades out towards black and
-    white, where no colour fits, and is not clipped, for clipping would favour some hues.
+    white, where no color fits, and is not clipped, for clipping would favor some hues.
     """
     angle = math.radians(hue)
 
@@ -110,7 +110,7 @@ def paint(hue: float) -> ImageEdit:
 
 
 def recolor(hue: float) -> ImageEdit:
-    """Takes a surface's own colour away and paints it: what "make the ball blue" does to the ball."""
+    """Takes a surface's own color away and paints it: what "make the ball blue" does to the ball."""
     painted = paint(hue)
     return lambda image: painted(0.15 + 0.7 * _luma(image).expand_as(image))
 

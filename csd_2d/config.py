@@ -20,7 +20,7 @@ class EditConfig:
     """Settings of one edit; `load_preset` reads other sets of defaults."""
 
     steps: int = 200
-    """Optimiser steps (paper: 200)."""
+    """Optimizer steps (paper: 200)."""
     lr: float = 1.0
     """Learning rate of SGD on the latents."""
     lr_decay: float = 0.9

@@ -35,7 +35,7 @@ class _Key(NamedTuple):
     def of(cls, at: int, source: Image, edited: Image) -> "_Key":
         change = edited - source
         colors = _affine(source)
-        # Least squares; the pseudoinverse, for a picture of few colours does not determine the map.
+        # Least squares; the pseudoinverse, for a picture of few colors does not determine the map.
         recoloring = torch.linalg.pinv(colors.T @ colors, hermitian=True) @ colors.T @ change.flatten(1).T
         return cls(at, source, change, recoloring)
 

@@ -22,7 +22,7 @@ corresponding places are mixed, so large that all count almost alike."""
 
 
 def default_batch(count: int) -> int:
-    """Compute how many of some images a step draws: a third (paper: 4 of 12), but 8 at least."""
+    """Compute the number of particles a step draws by default: a third (paper: 4 of 12), but 8 at least."""
     return max(8, -(-count // 3))
 
 

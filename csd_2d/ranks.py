@@ -131,7 +131,7 @@ def share_rows(prior: Prior) -> Prior:
 
 
 class _SharedRows:
-    """A prior whose noise estimates are made row by row by the process whose turn it is."""
+    """A prior whose noise estimates are shared out by rows."""
 
     def __init__(self, prior: Prior) -> None:
         self._prior = prior

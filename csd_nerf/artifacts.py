@@ -101,7 +101,7 @@ class Artifacts:
         self._checkpoint, self._load_masks = checkpoint, load_masks
 
     def write(self, folder: Path, report: dict[str, Any], film_frames: int, all_views: bool) -> None:
-        """Write them; the pipeline is unchanged afterwards.
+        """Write pictures, film and report; the pipeline is unchanged afterwards.
 
         Args:
             report: the content of edit.json; `change`, the cost of this stage and versions are added.

@@ -58,7 +58,7 @@ def check_flow() -> None:
 
 @cache
 def _raft(device: str) -> nn.Module | None:
-    """Torchvision's RAFT, the large one before the small; None if the weights of neither are here."""
+    """Load torchvision's RAFT, preferably the large one; None if the weights of neither are here."""
     try:
         from torchvision.models import optical_flow as models
     except ImportError:

@@ -243,7 +243,7 @@ def _picture(container: OutputContainer, clip: Clip, frames: Iterable[Tensor]) -
     stream = container.add_stream("libvpx-vp9" if vp9 else "libx264", rate=clip.rate)
     height, width = clip.sizes[0]
     stream.width, stream.height = width, height
-    # 4:2:0 halves colour in both directions and needs even sizes; most players want it.
+    # 4:2:0 halves color in both directions and needs even sizes; most players want it.
     stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
     stream.options = {"crf": "16"}
     # Said and done in BT.709: untagged, players take large pictures for it and small ones for BT.601.

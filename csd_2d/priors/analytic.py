@@ -59,7 +59,7 @@ class AnalyticPrior:
         return latents
 
     def encode_text(self, prompts: Sequence[str]) -> list[list[ImageEdit]]:
-        """The closed-form edits each instruction asks for.
+        """Look up the closed-form edits that each instruction asks for.
 
         Raises:
             ValueError: for an instruction without a closed form; the message lists those there are.
@@ -72,7 +72,7 @@ class AnalyticPrior:
         return [PIXEL_EDITS[normalized(prompt)] for prompt in prompts]
 
     def answers(self, prompt: str, images: Float[Tensor, "n 3 H W"]) -> list[Float[Tensor, "n 3 H W"]]:
-        """The known answers: for each mode of the instruction, the edited images in [0, 1]."""
+        """Compute the known answers: for each mode of the instruction, the edited images in [0, 1]."""
         return [edit(images).clamp(0, 1) for edit in self.encode_text([prompt])[0]]
 
     def alpha_sigma(self, timestep: int) -> tuple[float, float]:
@@ -103,7 +103,7 @@ class AnalyticPrior:
     def _posterior_mode(
         self, x_t: Tensor, alpha: float, variance: float, condition: Tensor, edits: Sequence[ImageEdit]
     ) -> Tensor:
-        """sum_k r_k mu_k, one component in memory at a time."""
+        """Compute sum_k r_k mu_k, one component in memory at a time."""
         source = (condition + 1) / 2
 
         def component(edit: ImageEdit) -> Tensor:

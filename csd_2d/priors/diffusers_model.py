@@ -199,7 +199,7 @@ class DiffusersPrior(ABC):
 
     @abstractmethod
     def condition(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n _ h w"]:
-        """See `Prior`, as for the next two."""
+        """See `Prior`, as for the next two methods."""
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Any: ...

@@ -41,7 +41,7 @@ def load_prior(
     compile: bool = False,
     attention: str | None = None,
 ) -> Prior:
-    """Load the prior of a name.
+    """Load a prior by its name.
 
     Args:
         name: `tiny` (ships with this package), `analytic`, `ip2p`, `sd` (text-to-image), or a folder or hub id with a

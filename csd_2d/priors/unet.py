@@ -49,7 +49,7 @@ class UNetPrior(DiffusersPrior):
                 f"its U-Net takes text of {unet.cross_attention_dim} features, not the {features} of its text encoder"
             )
         if getattr(vae, "latents_mean", None) is not None:
-            return "its latents are normalised by mean and deviation, which this prior does not undo"
+            return "its latents are normalized by mean and deviation, which this prior does not undo"
         if prediction not in ("epsilon", "v_prediction"):
             return f"its prediction_type is '{prediction}', not 'epsilon' or 'v_prediction'"
         if not hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "precondition_outputs"):
@@ -101,7 +101,7 @@ class UNetPrior(DiffusersPrior):
 
 
 class XL(UNetPrior):
-    """Mixed into a U-Net prior: the two text encoders and the sizes of Stable Diffusion XL (arXiv 2307.01952).
+    """Mixin for a U-Net prior: the two text encoders and the sizes of Stable Diffusion XL (arXiv 2307.01952).
 
     The U-Net is told that the image was neither scaled nor cropped: original and target size are what it is given. The
     empty prompt is all zeros where the model was trained so. A VAE that overflows in float16 stays in float32.

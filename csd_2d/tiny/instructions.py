@@ -74,7 +74,7 @@ class Instruction:
 
 
 def _instructions() -> dict[str, Instruction]:
-    # An ambiguous instruction has several answers to learn, and a colour is told from the others by a single word.
+    # An ambiguous instruction has several answers to learn, and a color is told from the others by a single word.
     shares = {"paint it a new color": 4.0, "change the season": 6.0, **{f"paint it {color}": 1.5 for color in HUES}}
     whole = [
         Instruction(name, tuple(_WORDINGS[name]), tuple(edits), shares.get(name, 1.0)) for name, edits in EDITS.items()

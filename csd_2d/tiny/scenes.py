@@ -76,7 +76,7 @@ class _Painter:
         return torch.where(self.uniform() < 0.5, wave, wave.sign())
 
     def textured(self, color: Tensor) -> Float[Tensor, "n 3 s s"]:
-        """A surface of one colour, with grain and now and then a pattern in a second one."""
+        """A surface of one color, with grain and now and then a pattern in a second one."""
         pattern = (0.5 + 0.5 * self.stripes()) * self.chance(0.3) * self.uniform(0.2, 1)
         surface = torch.lerp(color.expand(-1, -1, self.size, self.size), self.color(), pattern)
         return surface * (1 + self.chance(0.7) * self.uniform(0.0, 0.35) * self.noise())
@@ -93,7 +93,7 @@ class _Painter:
             self.visible[name] = coverage
 
     def backdrop(self) -> None:
-        """A gradient in any direction, ground below a wavy horizon in some scenes, soft noise in colour."""
+        """A gradient in any direction, ground below a wavy horizon in some scenes, soft noise in color."""
         angle = self.uniform(0, 2 * math.pi)
         ramp = 0.5 + 0.5 * (self.x * angle.cos() + self.y * angle.sin()) / 1.4
         self.canvas = torch.lerp(self.color().expand_as(self.canvas), self.color(), ramp)
@@ -108,13 +108,13 @@ class _Painter:
         self.cover(coverage * self.chance(0.5), self.textured(self.color()))
 
     def _placed(self) -> tuple[Tensor, Tensor]:
-        """Coordinates around a random centre, turned a little."""
+        """Coordinates around a random center, turned a little."""
         u, v = self.x - self.uniform(-0.65, 0.65), self.y - self.uniform(-0.65, 0.65)
         turn = self.uniform(-0.5, 0.5)
         return u * turn.cos() + v * turn.sin(), v * turn.cos() - u * turn.sin()
 
     def patterned(self, dark: Tensor) -> Float[Tensor, "n 3 s s"]:
-        """A surface of one colour with grain, bright enough to be painted, darkened where a pattern is 1."""
+        """A surface of one color with grain, bright enough to be painted, darkened where a pattern is 1."""
         grain = 1 + self.chance(0.7) * self.uniform(0.0, 0.2) * self.noise()
         return self.color(darkest=0.4) * grain * (1 - self.uniform(0.35, 0.6) * dark)
 

@@ -69,11 +69,11 @@ class RecipeConfig:
     size: int = 64
     """Side of the training images in pixels; the model's window."""
     vae_steps: int = 3000
-    """Optimiser steps of the autoencoder."""
+    """Optimizer steps of the autoencoder."""
     vae_batch: int = 8
     vae_lr: float = 2e-3
     steps: int = 12000
-    """Optimiser steps of the U-Net and the text encoder. May be changed on resuming: it says when the learning rate
+    """Optimizer steps of the U-Net and the text encoder. May be changed on resuming: it says when the learning rate
     begins to fall, which it does over the last fifth."""
     batch: int = 16
     lr: float = 1e-3
@@ -117,7 +117,7 @@ def make_vae(size: int) -> AutoencoderKL:
     """4 latent channels at half the resolution, a linear map to begin with.
 
     It starts where it could do no worse than averaging 2x2 pixels: GroupNorm takes from each image what brightness,
-    contrast and colour it had, and a network that must first find ways around that learns slowly. (After 300 steps of
+    contrast and color it had, and a network that must first find ways around that learns slowly. (After 300 steps of
     8 images: 31.7 dB from the linear start, 21.1 dB from the random one.)
     """
     vae = AutoencoderKL(
@@ -138,7 +138,7 @@ def make_vae(size: int) -> AutoencoderKL:
 def _start_linear(vae: AutoencoderKL) -> None:
     """Makes encoder and decoder average and repeat pixels, through all their layers.
 
-    Channels 0-2 carry the colours and 3-5 their opposites, for silu(x) - silu(-x) = x; channels 6 and 7 carry large
+    Channels 0-2 carry the colors and 3-5 their opposites, for silu(x) - silu(-x) = x; channels 6 and 7 carry large
     opposite constants, so that GroupNorm divides all images by the same number. Residual branches start at zero.
     """
     constant = 8.0
@@ -169,12 +169,12 @@ def _start_linear(vae: AutoencoderKL) -> None:
 def _pass_on(conv: nn.Conv2d) -> None:
     """Channels 0-7 as they are; where the stride is 2, their mean over 2x2 pixels."""
     conv.weight[:8], conv.bias[:8] = 0, 0
-    centre = conv.kernel_size[0] // 2
+    center = conv.kernel_size[0] // 2
     for channel in range(8):
         if conv.stride[0] == 2:
             conv.weight[channel, channel, :2, :2] = 0.25
         else:
-            conv.weight[channel, channel, centre, centre] = 1
+            conv.weight[channel, channel, center, center] = 1
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -220,7 +220,7 @@ def make_unet(size: int, channels: tuple[int, ...]) -> UNet2DConditionModel:
 def make_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule, stretched to end in noise alone, where v prediction is well posed, too.
 
-    Unstretched, 7 % of an image are left, and what samples begin with, noise whose mean is none, says "middling grey":
+    Unstretched, 7 % of an image are left, and what samples begin with, noise whose mean is none, says "middling gray":
     of a season's four answers the bright two were always taken (Lin et al. 2024, arXiv 2305.08891).
     """
     return DDIMScheduler(
@@ -332,7 +332,7 @@ class _Run:
         return range(len(self.losses), self.steps)
 
     def update(self, loss: Tensor) -> None:
-        """One optimiser step: warm-up over 200 steps, then constant, then linearly down over the last fifth."""
+        """One optimizer step: warm-up over 200 steps, then constant, then linearly down over the last fifth."""
         step = len(self.losses)
         factor = min((step + 1) / 200, (self.steps - step) / (self.steps / 5), 1.0)
         for group in self.optimizer.param_groups:

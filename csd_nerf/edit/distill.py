@@ -113,7 +113,7 @@ class Distillation:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Tells edits apart; not by latents, which a GPU need not compute alike in two processes."""
+        """Hash what tells edits apart; not latents, which a GPU need not compute alike in two processes."""
         return repr((self._edit, self._prompt, self._views.digest()))
 
     def state_dict(self) -> dict[str, Any]:

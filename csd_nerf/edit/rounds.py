@@ -154,7 +154,7 @@ class DatasetUpdate:
         changed = measured["mean"] if self._masks is None else measured["inside"]
         if changed < SMALLEST_CHANGE:
             CONSOLE.print(
-                f"[yellow]The first round changed the views by {255 * changed:.1f} of 255 grey levels on average. Does "
+                f"[yellow]The first round changed the views by {255 * changed:.1f} of 255 gray levels on average. Does "
                 f"the prompt '{self._prompt}' ask for something the model can do? A higher "
                 "--pipeline.edit.guidance-scale or more --pipeline.edit.steps make it stronger."
             )

@@ -306,7 +306,7 @@ def test_settings_out_of_range_are_named(setting, value):
 
 
 @pytest.mark.parametrize("setting", ["kernel_input", "transport", "baseline", "noise", "svgd"])
-def test_misspelt_choices_are_named(setting):
+def test_misspelled_choices_are_named(setting):
     with pytest.raises(ValueError, match=f"{setting} must be one of .*; got of"):
         EditConfig(**{setting: "of"})
 

@@ -13,7 +13,7 @@ from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.progress import ProgressFile
 from tests.tiny_pipeline import tiny_text_to_image
 
-GREY = torch.full((1, 3, 8, 8), 0.5)
+GRAY = torch.full((1, 3, 8, 8), 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,14 @@ def folder(tmp_path_factory):
 
 
 def gaussian() -> AnalyticPrior:
-    """Of a grey source its edits are plain colours: the prior is then a Gaussian around one, for each instruction."""
+    """Of a gray source its edits are plain colors: the prior is then a Gaussian around one, for each instruction."""
     prior = AnalyticPrior()
     prior.window = 16
     return prior
 
 
 def color(prompt: str):
-    return AnalyticPrior().answers(prompt, GREY)[0][0, :, :1, :1]
+    return AnalyticPrior().answers(prompt, GRAY)[0][0, :, :1, :1]
 
 
 @pytest.mark.parametrize("wrap", [True, False])

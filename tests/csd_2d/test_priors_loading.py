@@ -32,7 +32,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_is_recognised_and_options_are_passed_on(family, tmp_path):
+def test_family_is_recognized_and_options_are_passed_on(family, tmp_path):
     FAMILIES[family]().save_pretrained(tmp_path)
     prior = load_prior(str(tmp_path), micro_batch=2, dtype=torch.bfloat16, offload=True)
     assert type(prior) is family
@@ -52,7 +52,7 @@ def test_diffusers_is_imported_no_sooner_than_a_model_is_loaded():
     assert result.stdout.strip() == "set()"
 
 
-def test_models_in_the_hubs_cache_are_recognised(tmp_path, monkeypatch):
+def test_models_in_the_hubs_cache_are_recognized(tmp_path, monkeypatch):
     repository = tmp_path / "models--somebody--text-to-image"
     revision = "0" * 40
     tiny_text_to_image().save_pretrained(repository / "snapshots" / revision)

@@ -56,7 +56,7 @@ def test_any_trailing_shape_and_permutation_equivariance():
     torch.testing.assert_close(svgd_direction(s[order], x[order]), phi[order])
 
 
-def test_normalised_rows_keep_the_length_of_equal_scores_whatever_n():
+def test_normalized_rows_keep_the_length_of_equal_scores_whatever_n():
     for n in (1, 2, 4, 16):
         x = torch.randn(n, 300, dtype=torch.float64)
         score = torch.randn(300, dtype=torch.float64).expand(n, -1)

@@ -96,7 +96,7 @@ def test_clips_survive_writing_and_reading(tmp_path, name, size):
     back = read_clip(tmp_path / name)
     assert [frame.shape for frame in back.frames] == [frame.shape for frame in frames]
     assert back.rate == Fraction(25, 2) or name == "frames"
-    # 4:2:0 and compression: a few grey levels
+    # 4:2:0 and compression: a few gray levels
     assert max((a - b).abs().mean() for a, b in zip(back.frames, frames, strict=True)) < 0.03
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
@@ -207,7 +207,7 @@ def test_padding_mirrors_as_often_as_needed():
     assert pad(row, 1, 8).flatten().tolist() == [0, 1, 2, 2, 1, 0, 0, 1]
 
 
-def test_deep_grey_images_and_rotation_marks_are_read_as_meant(tmp_path):
+def test_deep_gray_images_and_rotation_marks_are_read_as_meant(tmp_path):
     Image.fromarray(np.full((8, 10), 32768, np.uint16)).save(tmp_path / "deep.png")
     torch.testing.assert_close(read_image(tmp_path / "deep.png"), torch.full((3, 8, 10), 0.5), atol=1e-4, rtol=0)
     exif = Image.Exif()

@@ -91,7 +91,7 @@ def recipe(folder, **options):
 
 
 def test_the_autoencoder_starts_as_the_mean_of_2x2_pixels():
-    """Up to a factor and an offset near 1 and 0, which the random channels beside the colours leave to GroupNorm."""
+    """Up to a factor and an offset near 1 and 0, which the random channels beside the colors leave to GroupNorm."""
     torch.manual_seed(0)
     vae = train.make_vae(32)
     images = 2 * draw_scenes(8, 32, generator(4)).images - 1
@@ -246,7 +246,7 @@ def test_the_report_on_a_few_scenes(tmp_path):
     assert read_image(tmp_path / "out" / "photographs.png").shape[0] == 3
 
 
-def test_the_report_recognises_the_right_answer(tmp_path, monkeypatch):
+def test_the_report_recognizes_the_right_answer(tmp_path, monkeypatch):
     """With an editor that answers exactly, every edit is the nearest; with one that does nothing, none is."""
     scenes = train.held_out(8, 32)
     config = report.ReportConfig(tmp_path, count=4)

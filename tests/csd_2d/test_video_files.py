@@ -17,7 +17,7 @@ STEPS = ["--prompt", "make it night", "--prior", "analytic", "--steps", "4"]
 RATE = 48000
 
 
-def grey_levels(count: int) -> list[torch.Tensor]:
+def gray_levels(count: int) -> list[torch.Tensor]:
     """Frames that tell their number."""
     return [torch.full((3, 16, 24), (index + 1) / (count + 1)) for index in range(count)]
 
@@ -29,7 +29,7 @@ def number(frame: torch.Tensor, count: int) -> int:
 def write_with_sound(path: Path, count: int = 50, rate: int = 25, codec: str = "aac") -> None:
     """A video of `count` frames, with as long a tone that rises all the time."""
     silent = path.with_name("silent.avi" if path.suffix == ".avi" else "silent.mp4")
-    write_clip(Clip(grey_levels(count), Fraction(rate)), silent)
+    write_clip(Clip(gray_levels(count), Fraction(rate)), silent)
     with av.open(str(silent)) as source, av.open(str(path), "w") as container:
         picture = source.streams.video[0]
         copy = container.add_stream_from_template(picture)
@@ -63,7 +63,7 @@ UNEVEN = [Fraction(index * index, 50) + Fraction(index, 25) for index in range(1
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".webm"])
 def test_uneven_frame_times_are_kept(tmp_path, suffix):
-    write_clip(Clip(grey_levels(10), Fraction(12), times=UNEVEN), tmp_path / f"a{suffix}")
+    write_clip(Clip(gray_levels(10), Fraction(12), times=UNEVEN), tmp_path / f"a{suffix}")
     clip = read_clip(tmp_path / f"a{suffix}")
     assert clip.times is not None
     assert max(abs(a - b) for a, b in zip(clip.times, UNEVEN, strict=True)) <= 0.001  # Matroska counts in ms
@@ -73,7 +73,7 @@ def test_uneven_frame_times_are_kept(tmp_path, suffix):
 
 
 def test_avi_takes_uneven_frames_at_an_even_rate(tmp_path):
-    write_clip(Clip(grey_levels(10), Fraction(12), times=UNEVEN), tmp_path / "a.avi")
+    write_clip(Clip(gray_levels(10), Fraction(12), times=UNEVEN), tmp_path / "a.avi")
     clip = read_clip(tmp_path / "a.avi")
     assert (clip.times, clip.rate, len(clip.frames)) == (None, 12, 10)
 
@@ -117,7 +117,7 @@ def test_a_part_has_its_frames_and_its_sound(tmp_path, suffix):
 
 
 def test_parts_of_a_folder_are_counted_at_24_frames_a_second(tmp_path):
-    write_clip(Clip(grey_levels(24)), tmp_path / "frames")
+    write_clip(Clip(gray_levels(24)), tmp_path / "frames")
     clip = read_clip(tmp_path / "frames", 0.25, 0.5)
     assert clip.names == [f"{index:05d}" for index in range(6, 12)]
     assert [number(frame, 24) for frame in clip.frames] == [*range(6, 12)]
@@ -130,8 +130,8 @@ def test_parts_that_are_none_are_named(tmp_path, start, end):
 
 
 def test_parts_beyond_the_end_are_named(tmp_path):
-    write_clip(Clip(grey_levels(5)), tmp_path / "a.mp4")
-    write_clip(Clip(grey_levels(5)), tmp_path / "frames")
+    write_clip(Clip(gray_levels(5)), tmp_path / "a.mp4")
+    write_clip(Clip(gray_levels(5)), tmp_path / "frames")
     with pytest.raises(ValueError, match=r"a\.mp4 holds no video frames from second 9 to 10\."):
         read_clip(tmp_path / "a.mp4", 9, 10)
     with pytest.raises(ValueError, match=r"frames holds no images from second 9, at 24 a second\."):
@@ -166,7 +166,7 @@ def test_sound_and_picture_lie_side_by_side_in_the_file(tmp_path):
 
 
 def test_frames_are_seen_by_index_too(tmp_path):
-    write_clip(Clip(grey_levels(9)), tmp_path / "a.mp4")
+    write_clip(Clip(gray_levels(9)), tmp_path / "a.mp4")
     frames = read_clip(tmp_path / "a.mp4").frames
     assert [number(frames[index], 9) for index in (0, 5, -1)] == [0, 5, 8]
     assert [number(frame, 9) for frame in frames[2:4]] == [2, 3]

@@ -77,7 +77,7 @@ def test_what_one_keyframe_does_not_show_comes_from_the_other():
 
 
 def test_what_no_keyframe_shows_changes_as_its_color_does():
-    """Sepia is affine in colour, so that even what is seen in one frame alone gets it exactly."""
+    """Sepia is affine in color, so that even what is seen in one frame alone gets it exactly."""
     prior, frames = AnalyticPrior(), panning(3, step=0)
     frames[1] = torch.lerp(frames[1], textured(96, 128, seed=9).flip(0), 0.9)
     sepia = prior.answers("make it sepia", torch.stack(frames))[0]
@@ -121,7 +121,7 @@ def test_keyframes_that_cannot_be_are_named(tmp_path):
         edit_video(mixed, AnalyticPrior(), "make it night", keyframes=2)
 
 
-def test_flicker_is_told_in_grey_levels():
+def test_flicker_is_told_in_gray_levels():
     still = [textured(48, 64) * 0.8 + 0.1] * 5
     blinking = [frame + 10 / 255 * (index % 2) for index, frame in enumerate(still)]
     before, after = flicker(still, blinking, 5)
@@ -175,6 +175,6 @@ def test_more_flicker_than_the_source_comes_with_what_lowers_it(tmp_path, capsys
     for keyframes, hint in ((1, "; --transport both lowers it, and --keyframes 4"), (4, "")):
         video = Video(tmp_path, tmp_path, Options(("make it night",)), keyframes=keyframes)
         video._print_flicker(Clip(still), Clip(blinking))
-        assert capsys.readouterr().out == f"flicker: 10.2 grey levels, the source's 0.0{hint}\n"
+        assert capsys.readouterr().out == f"flicker: 10.2 gray levels, the source's 0.0{hint}\n"
         video._print_flicker(Clip(blinking), Clip(still))
         assert "lowers" not in capsys.readouterr().out

@@ -68,7 +68,7 @@ def test_few_frames_are_in_memory_whatever_the_length(keyframes):
     config = EditConfig(steps=2)
     for _ in edit_video(Clip(watched), AnalyticPrior(), "make it night", config, keyframes=keyframes).frames:
         pass
-    assert watched.most_alive <= (3 if keyframes == 1 else 6)  # the one that is seen and its neighbours; two keys
+    assert watched.most_alive <= (3 if keyframes == 1 else 6)  # the one that is seen and its neighbors; two keys
 
 
 def test_what_is_let_go_of_is_still_in_the_file():
