@@ -25,21 +25,19 @@ class Kernel(Protocol):
     def __call__(self, particles: Float[Tensor, "n d"]) -> KernelMatrix: ...
 
 
-def median_bandwidth(squared_distances: Float[Tensor, "n n"]) -> float:
-    """Compute the median of the squared distances over pairs i < j, divided by log(N + 1).
+def median_bandwidth(squared_distances: Float[Tensor, " pairs"], count: int) -> float:
+    """Compute the median of the squared distances over pairs i < j of N particles, divided by log(N + 1).
 
-    The zero diagonal is left out: with it two particles, or half of them identical, give a bandwidth of zero
-    (and NaN weights). Where the median itself is zero the mean takes its place, and 1 where all particles coincide.
+    Zero distances of particles to themselves are left out: with them two particles, or half of them identical, would
+    give a bandwidth of zero (and NaN weights). Where the median itself is zero the mean takes its place, and 1 where
+    all particles coincide.
 
     Source: the median heuristic of Liu & Wang (NeurIPS 2016), section 5, with log(N + 1) for log N.
     """
-    n = len(squared_distances)
-    i, j = torch.triu_indices(n, n, offset=1, device=squared_distances.device)
-    pairs = squared_distances[i, j]
-    if not pairs.any():
+    if not squared_distances.any():
         return 1.0
-    typical = pairs.quantile(0.5).item() or pairs.mean().item()
-    return typical / math.log(n + 1)
+    typical = squared_distances.quantile(0.5).item() or squared_distances.mean().item()
+    return typical / math.log(count + 1)
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,15 @@ class RBFKernel:
                 raise ValueError(f"{name} must be positive and finite, got {value}.")
 
     def __call__(self, particles: Float[Tensor, "n d"]) -> KernelMatrix:
-        if len(particles) == 1:
+        count = len(particles)
+        if count == 1:
             return KernelMatrix(particles.new_ones(1, 1), particles.new_zeros(1, 1))
-        # Not the matrix-product form of cdist: it cancels, and nearly equal frames come out with distance 0.
-        squared = torch.cdist(particles, particles, compute_mode="donot_use_mm_for_euclid_dist").square()
-        h = self.bandwidth_scale * (median_bandwidth(squared) if self.bandwidth is None else self.bandwidth)
-        gram = (-squared / h).exp()
+        # Not cdist: by default it subtracts products of matrices, and nearly equal frames come out with distance 0.
+        pairs = F.pdist(particles).square()
+        h = self.bandwidth_scale * (median_bandwidth(pairs, count) if self.bandwidth is None else self.bandwidth)
+        i, j = torch.triu_indices(count, count, offset=1, device=particles.device)
+        gram = particles.new_ones(count, count)
+        gram[i, j] = gram[j, i] = (-pairs / h).exp()
         return KernelMatrix(gram, gram * (2 / h))
 
 
