@@ -6,10 +6,10 @@ the PSNR of each particle to the exact answer it took.
 
     python tests/bench/agreement.py --frames FOLDER --output agreement.json
     python tests/bench/agreement.py --counts 48 --batch 8 --seeds 10 \
-        --variants default "clean, normalised, bandwidth x100" --output batches.json
+        --variants default "clean, normalized, bandwidth x100" --output batches.json
     python tests/bench/agreement.py --prior tiny --images scenes --counts 8 --seeds 10 --output learned.json
     python tests/bench/agreement.py --prior tiny --images scenes --counts 8 --seeds 2 --prompt "make it night" \
-        --variants "SVGD off" "together 0.5" "together 0.7" default "together 0.9" --output night.json
+        --variants "SVGD off" "consensus 0.5" "consensus 0.7" default "consensus 0.9" --output night.json
 
 The particles are smooth random images, scenes that the tiny model never saw, or --frames of a video. --batch makes a
 step take a part of the particles.
@@ -37,7 +37,7 @@ from csd_2d.tiny.scenes import held_out
 PROMPT = "paint it a new color"
 DEFAULT = EditConfig()
 PAPER = load_preset("paper")
-ONE_PHASE = dataclasses.replace(DEFAULT, together=0.0)
+ONE_PHASE = dataclasses.replace(DEFAULT, consensus_fraction=0.0)
 PLAIN = dataclasses.replace(ONE_PHASE, bandwidth_scale=1.0)
 VARIANTS = {
     "SVGD off": dataclasses.replace(DEFAULT, svgd=False),
@@ -46,12 +46,12 @@ VARIANTS = {
     "paper": PAPER,
     "paper, clean kernel": dataclasses.replace(PAPER, kernel_input="clean"),
     "paper, shared noise": dataclasses.replace(PAPER, noise="shared"),
-    "paper, rows normalised": dataclasses.replace(PAPER, normalize_rows=True, lr=1.0),
-    "clean, normalised": PLAIN,
-    "clean, normalised, bandwidth x10": dataclasses.replace(PLAIN, bandwidth_scale=10.0),
-    "clean, normalised, bandwidth x100": dataclasses.replace(PLAIN, bandwidth_scale=100.0),
+    "paper, rows normalized": dataclasses.replace(PAPER, normalize_rows=True, lr=1.0),
+    "clean, normalized": PLAIN,
+    "clean, normalized, bandwidth x10": dataclasses.replace(PLAIN, bandwidth_scale=10.0),
+    "clean, normalized, bandwidth x100": dataclasses.replace(PLAIN, bandwidth_scale=100.0),
     "two phases, SVGD in both": dataclasses.replace(DEFAULT, bandwidth_scale=1.0),
-    **{f"together {share}": dataclasses.replace(DEFAULT, together=share) for share in (0.5, 0.7, 0.9)},
+    **{f"consensus {share}": dataclasses.replace(DEFAULT, consensus_fraction=share) for share in (0.5, 0.7, 0.9)},
     "default": DEFAULT,
 }
 

@@ -33,6 +33,7 @@ from csd_2d.edit import edit
 from csd_2d.io.video import read_clip
 from csd_2d.metrics.consistency import warp_error
 from csd_2d.metrics.fidelity import agreement
+from csd_2d.particles import Layout
 from csd_2d.prior import Prior
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.loading import load_prior
@@ -97,7 +98,7 @@ class MovingScene(FrameFlows):
         self._size = size
         ground, disc = held_out(2, 2 * size, seed).images
         self._turns = [(0.05 * k, 0.35 * math.sin(k), 0.25 * k) for k in range(count)]
-        self._centres = [(size * (0.2 + 0.6 * k / count), size * (0.5 + 0.2 * math.sin(k))) for k in range(count)]
+        self._centers = [(size * (0.2 + 0.6 * k / count), size * (0.5 + 0.2 * math.sin(k))) for k in range(count)]
         super().__init__([self._frame(k, ground, disc) for k in range(count)], cell)
 
     @property
@@ -121,7 +122,7 @@ class MovingScene(FrameFlows):
         return torch.einsum("dc,dhw->chw", turn, self._pixels() - middle[:, None, None])
 
     def _on_disc(self, k: int) -> Tensor:
-        return self._pixels() - torch.tensor(self._centres[k]).double()[:, None, None]
+        return self._pixels() - torch.tensor(self._centers[k]).double()[:, None, None]
 
     def _frame(self, k: int, ground: Tensor, disc: Tensor) -> Tensor:
         place = self._on_disc(k)
@@ -133,7 +134,7 @@ class MovingScene(FrameFlows):
         turn, middle = self._camera(b)
         ground = torch.einsum("cd,dhw->chw", turn, self._on_ground(a)) + middle[:, None, None] - self._pixels()
         place = self._on_disc(a)
-        moved = (torch.tensor(self._centres[b]) - torch.tensor(self._centres[a])).double()[:, None, None]
+        moved = (torch.tensor(self._centers[b]) - torch.tensor(self._centers[a])).double()[:, None, None]
         return torch.where(place.norm(dim=0) < 0.18 * self._size, moved, ground).float()
 
 
@@ -147,8 +148,8 @@ def _sampled(picture: Tensor, place: Tensor) -> Tensor:
 def _edit_frames(flows: FrameFlows, frames: Tensor, prior: Prior, prompt: str, config: EditConfig) -> dict[str, float]:
     with torch.no_grad():
         source = prior.encode(frames)
-        particles = LatentStack(source, prior.condition(source), transport=flows.transport)
-    edit(particles, prior, prompt, config)
+    particles = LatentStack(source)
+    edit(particles, prior, prompt, config, layout=Layout(correspondence=flows.correspondence))
     with torch.no_grad():
         edited = prior.decode(particles.latents)
     pairs = [(flows.flow(k, k + 1), flows.flow(k + 1, k)) for k in range(len(frames) - 1)]
@@ -169,10 +170,10 @@ def _edit_panorama(size: int, seed: int, prior: Prior, prompt: str, config: Edit
     scene = held_out(1, 4 * size, seed).images
     image = scene[..., 3 * size // 2 : 5 * size // 2, :]
     with torch.no_grad():
-        window = size // prior.cell
         source = prior.encode(image)
-        crops = CanvasCrops(source, prior.condition(source), window, 3 * window // 4)
-    edit(crops, prior, prompt, config)
+    window = size // prior.cell
+    crops = CanvasCrops(source, window, 3 * window // 4)
+    edit(crops, prior, prompt, config, layout=crops.layout)
     with torch.no_grad():
         edited = prior.decode(crops.edited())
     share, psnr = agreement(_windows(edited), [_windows(answer) for answer in known_answers(prompt, image)])

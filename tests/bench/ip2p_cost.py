@@ -103,7 +103,7 @@ def main(
                 images = torch.rand(1, 3, pixels, pixels, device=device)
                 with torch.no_grad():
                     source = prior.encode(images).expand(batch, -1, -1, -1)
-                    particles = LatentStack(source, prior.condition(source))
+                particles = LatentStack(source)
                 config = EditConfig(steps=steps, batch=0, lr=1e-3)
                 edit(particles, prior, "it", EditConfig(steps=1, batch=0, lr=1e-3))  # warms up
                 prior.seconds, prior.rows = 0.0, 0

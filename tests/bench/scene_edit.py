@@ -5,7 +5,7 @@ and under one with six equally likely answers. Measured on views that nothing wa
 
 * `psnr` to the exact answer; of several to the one that the scene as a whole took;
 * its two parts. Paint moves each pixel in the plane in which the mean of R, G and B stays as it is, but for clipping.
-  `color_psnr` is that of the differences from this mean, to the answer's: what was to change; `grey_psnr` that of the
+  `color_psnr` is that of the differences from this mean, to the answer's: what was to change; `gray_psnr` that of the
   mean, to the unedited truth's: what was to stay;
 * `agreement`: share of the views whose nearest answer is the commonest one, and `agreement_training`, the same of the
   edited training images the scene is learned from. For instructions with several answers.
@@ -56,7 +56,7 @@ from csd_nerf.methods import csd_edit_tiny
 from csd_nerf.procedural_scene import write_scene
 
 PROMPTS = ("paint it blue", "paint it a new color")
-MEASURES = ("psnr", "color_psnr", "grey_psnr", "agreement", "agreement_training")
+MEASURES = ("psnr", "color_psnr", "gray_psnr", "agreement", "agreement_training")
 VIEWS, SIZE, SCENE_STEPS = 25, (48, 36), 500
 """Of the scene: its views, their width and height, and the steps it is learned in."""
 PAPER_ROUNDS = 4
@@ -81,9 +81,9 @@ class Method:
 
 def image_steps(edit: EditConfig, count: int) -> int:
     """Particles that the steps of an edit of `count` images draw, all together."""
-    first_phase = math.ceil(edit.together * edit.steps)
+    consensus = math.ceil(edit.consensus_fraction * edit.steps)
     batch = min(default_batch(count) if edit.batch is None else edit.batch or count, count)
-    return first_phase * count + (edit.steps - first_phase) * batch
+    return consensus * count + (edit.steps - consensus) * batch
 
 
 def methods(views: int, nerf_steps: int, edit: EditConfig, selection: bool) -> dict[str, Method]:
@@ -151,11 +151,11 @@ def edit_scene(
 def measure(before: Pipeline, run: Path, prompt: str) -> tuple[dict[str, float | None], NovelViews]:
     """Figures of an edited scene, and the views they are of."""
     novel = NovelViews(before, load_scene(run), prompt)
-    grey, color = _parts(novel.after)
+    gray, color = _parts(novel.after)
     figures: dict[str, float | None] = {
         "psnr": novel.psnr()["edited_views_to_answer"],
         "color_psnr": round(psnr(color, _parts(novel.answer)[1]), 2),
-        "grey_psnr": round(psnr(grey, _parts(novel.true)[0]), 2),
+        "gray_psnr": round(psnr(gray, _parts(novel.true)[0]), 2),
         "agreement": _agreement(novel.after, novel.true, prompt),
         "agreement_training": None,
     }
@@ -170,9 +170,9 @@ def measure(before: Pipeline, run: Path, prompt: str) -> tuple[dict[str, float |
 
 
 def _parts(images: Float[Tensor, "n 3 H W"]) -> tuple[Float[Tensor, "n 1 H W"], Float[Tensor, "n 3 H W"]]:
-    """Grey, and what the colours differ from it by."""
-    grey = images.mean(1, keepdim=True)
-    return grey, images - grey
+    """Gray, and what the colors differ from it by."""
+    gray = images.mean(1, keepdim=True)
+    return gray, images - gray
 
 
 def _agreement(edited: Float[Tensor, "n 3 H W"], originals: Float[Tensor, "n 3 H W"], prompt: str) -> float | None:

@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from csd_2d import CanvasCrops, EditConfig, LatentStack, load_preset
+from csd_2d.csd import Step
 from csd_2d.edit import edit
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 from tests.bench.ip2p_cost import full_size_pipeline
@@ -156,18 +157,6 @@ def _latents(task: Task, size: int, count: int) -> Float[Tensor, "n 4 h w"]:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _recorded(kind: type, draws: list[Draw]) -> type:
-    """Particles that note the noise they give."""
-
-    class Recorded(kind):
-        def noise(self, indices, mode, generator):
-            noise = super().noise(indices, mode, generator)
-            draws.append(Draw(-1, list(indices), noise.cpu()))
-            return noise
-
-    return Recorded
-
-
 def measure(
     task: Task,
     variant: Variant,
@@ -192,11 +181,10 @@ def measure(
     prior.image_guidance_scale = image_guidance_scale
     config = dataclasses.replace(load_preset("paper"), steps=steps, batch=batch)
     source = _latents(task, prior.window, count).to(device)
-    condition = source / prior.scaling_factor
     recorded = folder / "draws.pt"
     run = _ours if variant.method == "ours" else _published
     memory, stopwatch = Memory(prior.device), _Stopwatch(unet, prior.device)
-    result = run(task, prior, source, condition, config, recorded, stopwatch.step_done)
+    result = run(task, prior, source, config, recorded, stopwatch.step_done)
     rise = memory.rise()
     torch.save(result.cpu(), folder / f"{variant.name}.pt")
     seconds, in_unet = stopwatch.fastest()
@@ -213,33 +201,32 @@ def _ours(
     task: Task,
     prior: InstructPix2PixPrior,
     source: Tensor,
-    condition: Tensor,
     config: EditConfig,
     recorded: Path,
     step_done: Callable[..., None],
 ) -> Tensor:
-    draws, timesteps = [], []
+    draws = []
 
-    def on_step(info) -> None:
+    def on_step(step: Step) -> None:
         step_done()
-        timesteps.append(info.timestep)
+        draws.append((step.timestep, step.indices, step.noised.noise.cpu()))
 
     if task == "panorama":
-        particles = _recorded(CanvasCrops, draws)(source, condition, prior.window, prior.window // 4, fade=False)
+        crops = CanvasCrops(source, prior.window, prior.window // 4, fade=False)
+        edit(crops, prior, PROMPT, config, on_step, layout=crops.layout)
+        result = crops.canvas.detach()
     else:
-        particles = _recorded(LatentStack, draws)(source, condition)
-    edit(particles, prior, PROMPT, config, on_step)
-    torch.save([(timestep, *draw[1:]) for timestep, draw in zip(timesteps, draws, strict=True)], recorded)
-    if isinstance(particles, LatentStack):
-        return particles.latents
-    return next(iter(particles.parameters())).detach()
+        frames = LatentStack(source)
+        edit(frames, prior, PROMPT, config, on_step)
+        result = frames.latents
+    torch.save(draws, recorded)
+    return result
 
 
 def _published(
     task: Task,
     prior: InstructPix2PixPrior,
     source: Tensor,
-    condition: Tensor,
     config: EditConfig,
     recorded: Path,
     step_done: Callable[..., None],
@@ -248,11 +235,11 @@ def _published(
         Draw(timestep, indices, noise.to(prior.device))
         for timestep, indices, noise in torch.load(recorded, weights_only=True)
     ]
-    unet = cast(UNet2DConditionModel, prior.unet)
+    unet, condition = cast(UNet2DConditionModel, prior.unet), prior.condition(source)
     scales = prior.guidance_scale, prior.image_guidance_scale
     published = Published(unet, prior.schedule.alphas_cumprod, prior.encode_text([PROMPT]), *scales)
     if task == "panorama":
-        corners = CanvasCrops(source, condition, prior.window, prior.window // 4, fade=False).corners
+        corners = CanvasCrops(source, prior.window, prior.window // 4, fade=False).corners
         run = edit_canvas(published, source, condition, corners, prior.window, draws, config.lr)
     else:
         run = edit_frames(published, source, condition, draws, config.lr)
@@ -279,12 +266,17 @@ def unet_rows() -> list[dict[str, object]]:
     ]:
         # Every region covers some of every crop: all prompts are active everywhere.
         regions = torch.full((1, prompts, 16, 40), 1 / prompts) if prompts > 1 else None
-        particles = CanvasCrops(picture, picture, 16, 8, regions=regions)
+        particles = CanvasCrops(picture, 16, 8, regions=regions)
         config = EditConfig(steps=1, lr=1e-6, guidance_scale=text, image_guidance_scale=image)
         seen: list[int] = []
         unet.rows = 0
         edit(
-            particles, prior, [PROMPT] * prompts, config, on_step=lambda info, seen=seen: seen.append(len(info.indices))
+            particles,
+            prior,
+            [PROMPT] * prompts,
+            config,
+            on_step=lambda step, seen=seen: seen.append(len(step.indices)),
+            layout=particles.layout,
         )
         rows.append(
             {"prompts": prompts, "w_y": text, "w_s": image, "ours": unet.rows / seen[0], "published": 6 * prompts}

@@ -24,7 +24,7 @@ from csd_2d.io.video import Clip, Streamed, write_clip
 
 
 def shapes(count: int, height: int, width: int) -> Clip:
-    """Three coloured discs that circle over a slanted ramp of grey; a new place in every frame."""
+    """Three colored discs that circle over a slanted ramp of gray; a new place in every frame."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
 
     def frames() -> Iterator[Tensor]:

@@ -37,7 +37,7 @@ def run_and_die(die_at: int | None, output: Path, events_file: Path, options: di
 
     save = torch.save
     ProgressFile.SECONDS = 0.0
-    EditLoss.loss = counted(EditLoss.loss)
+    EditLoss.next = counted(EditLoss.next)
     Trainer.train_iteration = counted(Trainer.train_iteration)
     os.replace = counted(os.replace)
     torch.save = counted(torch.save)

@@ -16,7 +16,7 @@ from csd_2d.metrics.fidelity import change
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_nerf.artifacts import SHOWN, camera_path
 from csd_nerf.cost import Cost
-from csd_nerf.edit import rounds as dataset_update
+from csd_nerf.edit import rounds
 from csd_nerf.methods import csd_edit
 from csd_nerf.models import SceneModel
 from csd_nerf.pipeline import CsdEditPipelineConfig, memory_advice
@@ -60,7 +60,7 @@ def test_the_report_says_what_was_done_and_what_it_took(edit_run, scene_run):
     assert report["settings"]["edit"]["steps"] == QUICK.steps and report["settings"]["prior"] == "analytic"
     assert report["steps"] == 6 and report["seed"] == 42
     assert len(report["costs"]["rounds"]) == 2
-    costs = [*report["costs"]["rounds"], report["costs"]["training"], report["costs"]["artefacts"]]
+    costs = [*report["costs"]["rounds"], report["costs"]["training"], report["costs"]["artifacts"]]
     assert all(cost["seconds"] > 0 and cost["peak_memory_mb"] > 50 for cost in costs)
     before, after = ([views_of(run).render(i) for i in range(len(views_of(run)))] for run in (scene_run, edit_run))
     if len(before) <= SHOWN:
@@ -139,9 +139,9 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_counts_its_own_memory(monkeypa
 
 def test_change_outside_a_solid_is_measured_and_its_masks_are_kept(scene_run, tmp_path, num_views):
     views = views_of(scene_run)
-    centre = views.surface(0)[:, 12, 16].tolist()
+    center = views.surface(0)[:, 12, 16].tolist()
     run = edit_in_process(
-        tmp_path, 20, load_run=scene_run, pipeline__sphere=(*centre, 0.5), pipeline__feather=1.0,
+        tmp_path, 20, load_run=scene_run, pipeline__sphere=(*center, 0.5), pipeline__feather=1.0,
         pipeline__steps_per_round=20, pipeline__views_per_round=0,
     )  # fmt: skip
     measured = json.loads((run / "edit.json").read_text())["change"]
@@ -170,7 +170,7 @@ def test_running_out_of_memory_says_what_takes_less(scene_run, tmp_path, monkeyp
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(dataset_update, "edit_images", no_memory)  # there is no GPU to fill
+    monkeypatch.setattr(rounds, "edit_images", no_memory)  # there is no GPU to fill
     message = failing(tmp_path, load_run=scene_run)
     assert "out of GPU memory; --pipeline.micro-batch 4 takes 50% off" in message and "--pipeline.offload" in message
     thrifty = CsdEditPipelineConfig(datamanager=csd_edit.config.pipeline.datamanager, micro_batch=1, offload=True)
@@ -188,7 +188,7 @@ def test_presets_of_scenes(preset, expected, scene_run):
     config = csd_edit.config
     config = type(config)(**{**vars(config), "load_run": scene_run, "prompt": "make it night"})
     config.pipeline = CsdEditPipelineConfig(**{**vars(config.pipeline), "preset": preset, "prior": "analytic"})
-    config.prepare()
+    config.settle()
     assert {name: getattr(config.pipeline, name) for name in expected} == expected
     steps = 3000 if preset == "fast" else 30000
     assert config.max_num_iterations == steps
@@ -201,7 +201,7 @@ def test_slow_steps_are_saved_more_often(mode, steps, scene_run):
     config = copy.deepcopy(csd_edit.config)
     config.load_run, config.pipeline.mode = scene_run, mode  # type: ignore[attr-defined]
     config.pipeline.prompt, config.pipeline.prior = "make it night", "analytic"  # type: ignore[attr-defined]
-    config.prepare()  # type: ignore[attr-defined]
+    config.settle()  # type: ignore[attr-defined]
     assert config.steps_per_save == steps
 
 

@@ -33,7 +33,7 @@ def test_viewer_listens_on_loopback_and_nothing_is_sent_to_wandb(specification):
 
 
 def test_entry_point_does_not_load_a_diffusion_model():
-    code = "import csd_nerf.config, sys; print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
+    code = "import csd_nerf.methods, sys; print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

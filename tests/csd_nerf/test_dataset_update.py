@@ -8,7 +8,7 @@ import torch
 
 from csd_2d import EditConfig, load_prior
 from csd_2d.io.images import read_image
-from csd_nerf.edit import rounds as dataset_update
+from csd_nerf.edit import rounds
 from csd_nerf.edit.rounds import DatasetUpdate
 
 NUM_VIEWS = 7
@@ -16,7 +16,7 @@ NUM_VIEWS = 7
 
 @dataclasses.dataclass
 class FakeViews:
-    """Grey originals, of two sizes; renders that are lighter."""
+    """Gray originals, of two sizes; renders that are lighter."""
 
     supervision: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
 
@@ -27,7 +27,7 @@ class FakeViews:
         return f"{index:04d}_frame"
 
     def digest(self) -> str:
-        return "grey"
+        return "gray"
 
     def positions(self) -> torch.Tensor:
         return torch.arange(NUM_VIEWS)[:, None].expand(-1, 3).float()
@@ -86,7 +86,7 @@ def test_an_edit_starts_at_the_render_and_is_of_the_original(tmp_path, monkeypat
         calls.append((images, start, config.seed, progress))
         return images
 
-    monkeypatch.setattr(dataset_update, "edit_images", edit_images)
+    monkeypatch.setattr(rounds, "edit_images", edit_images)
     update = make(FakeViews(), tmp_path)
     for number in range(2):
         update.run_round(number, f"round {number + 1}")

@@ -8,7 +8,7 @@ from csd_2d import EditConfig
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 from csd_nerf.edit.distill import Distillation, SceneParticles
-from csd_nerf.views import base as scene
+from csd_nerf.views import base
 from csd_nerf.views.base import replayed
 from csd_nerf.views.nerfacto import NerfactoViews
 from tests.csd_nerf.test_training import checkpoint, edit_in_process
@@ -104,12 +104,12 @@ def test_random_states_of_the_device_are_replayed(device):
 def test_random_states_are_kept_of_the_models_device(pipeline, monkeypatch):
     """torch keeps those of the devices of a checkpoint's inputs; the device here stands for a GPU."""
     gates = []
-    monkeypatch.setattr(scene, "checkpoint", lambda _, gate, *args, **options: gates.append(gate))
+    monkeypatch.setattr(base, "checkpoint", lambda _, gate, *args, **options: gates.append(gate))
     replayed(torch.zeros, 1, device="meta")
     assert gates[0].device.type == "meta"
 
 
-def test_an_edit_is_recognised_whatever_a_gpu_makes_of_its_images(pipeline):
+def test_an_edit_is_recognized_whatever_a_gpu_makes_of_its_images(pipeline):
     """Latents need not be the same bits in two processes."""
 
     class Inexact(AnalyticPrior):

@@ -125,7 +125,7 @@ def test_orbit_visits_every_elevation_and_no_place_twice() -> None:
 
 @pytest.mark.parametrize("camera", orbit(6))
 def test_a_point_is_seen_where_the_intrinsics_project_it(camera: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scene is replaced by one small sphere: where black and white spheres differ is centred on its projection."""
+    """The scene is replaced by one small sphere: where black and white spheres differ is centered on its projection."""
     center = (0.3, -0.2, 0.15)
     monkeypatch.setattr(procedural_scene, "_GROUND", [])
 
@@ -139,11 +139,11 @@ def test_a_point_is_seen_where_the_intrinsics_project_it(camera: Tensor, monkeyp
 
     rows, columns = torch.meshgrid(torch.arange(SIZE[1]) + 0.5, torch.arange(SIZE[0]) + 0.5, indexing="ij")
     seen = torch.stack([(change * columns).sum(), (change * rows).sum()]) / change.sum()
-    # A sphere's outline is an ellipse whose centre lies some hundredths of a pixel off the projected centre.
+    # A sphere's outline is an ellipse whose center lies some hundredths of a pixel off the projected center.
     torch.testing.assert_close(seen, project(torch.tensor([center]), camera, intrinsics(SIZE))[0], atol=0.05, rtol=0)
 
 
-def test_colours_do_not_depend_on_the_viewpoint() -> None:
+def test_colors_do_not_depend_on_the_viewpoint() -> None:
     generator = torch.Generator().manual_seed(0)
     points = torch.cat([1.2 * torch.rand(300, 2, generator=generator) - 0.6, torch.zeros(300, 1)], 1)
     seen = []
@@ -214,7 +214,7 @@ def test_nerfstudio_reads_the_scene_in_its_own_coordinates(scene: Path) -> None:
     lens = intrinsics(SIZE)
     assert [path.name for path in outputs.image_filenames] == ["frame_0002.png", "frame_0007.png"]
     assert torch.equal(outputs.cameras.camera_to_worlds, orbit(12)[[2, 7], :3])
-    # The ray through a pixel's centre meets a point there, and our projection of the point is that centre.
+    # The ray through a pixel's center meets a point there, and our projection of the point is that center.
     rays = outputs.cameras.generate_rays(camera_indices=0)
     point = (rays.origins + 2 * rays.directions)[20, 30]
     pixel = project(point[None], orbit(12)[2], lens)[0]

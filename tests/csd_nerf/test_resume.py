@@ -14,7 +14,7 @@ import yaml
 from csd_2d import EditConfig
 from csd_nerf.edit.resume import latest_whole_checkpoint, random_state, set_random_state
 from tests.csd_nerf.conftest import train_in_process
-from tests.csd_nerf.killed import run_and_die
+from tests.csd_nerf.kill_run import run_and_die
 
 KILL_POINTS = 12
 
@@ -36,7 +36,7 @@ def options(scene_run: Path, mode: str) -> dict:
 def in_child(die_at: int | None, output: Path, settings: dict) -> int:
     """How many events there were; 0 if the run was killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.csd_nerf.killed", "nerfstudio.scripts.train"])
+    context.set_forkserver_preload(["tests.csd_nerf.kill_run", "nerfstudio.scripts.train"])
     events = output / "events"
     output.mkdir(parents=True)
     child = context.Process(target=run_and_die, args=(die_at, output, events, settings))
@@ -137,7 +137,7 @@ def test_data_that_changed_are_refused(interrupted, scene_data, tmp_path):
 
 def test_a_missing_round_is_named(interrupted):
     (interrupted / "rounds" / "001").rename(interrupted / "rounds" / "gone")
-    assert "001 is missing, which the run has learned from already" in failing(interrupted)
+    assert "001 is missing, but the scene was trained on it already" in failing(interrupted)
 
 
 def test_what_cannot_be_resumed(interrupted, scene_run, tmp_path):

@@ -47,8 +47,8 @@ def test_rows_are_measured_once(scene_run, num_views, tmp_path, monkeypatch):
     # Exact scores; six images, each for itself, do not take the same of six answers but once in 7,776 times.
     assert 1 / num_views <= rows[1]["agreement_training"] < 1
     for row in rows:
-        # The squared error is that of the colours and that of the grey, which clipping changes a little.
-        parts = sum(10 ** (-row[part] / 10) for part in ("color_psnr", "grey_psnr"))
+        # The squared error is that of the colors and that of the gray, which clipping changes a little.
+        parts = sum(10 ** (-row[part] / 10) for part in ("color_psnr", "gray_psnr"))
         assert parts == pytest.approx(10 ** (-row["psnr"] / 10), rel=0.1)
     assert read_image(output.with_suffix("") / "paint_it_blue_one_by_one.png").shape[0] == 3
 

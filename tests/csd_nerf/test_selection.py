@@ -28,7 +28,7 @@ def gaps(batch: list[int]) -> list[int]:
     return [(b - a) % 20 for a, b in zip(order, order[1:] + order[:1], strict=True)]
 
 
-def test_near_views_are_neighbours_and_spread_ones_surround_the_scene():
+def test_near_views_are_neighbors_and_spread_ones_surround_the_scene():
     near, spread = next(rounds("near", 5)), next(rounds("spread", 5))
     assert sorted(gaps(near))[:-1] == [1] * 4
     assert max(gaps(spread)) <= 6

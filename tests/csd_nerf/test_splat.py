@@ -1,6 +1,6 @@
 """Gaussian splats under edit: whole runs on stock splatfacto's checkpoints, and their views.
 
-gsplat's rasteriser needs CUDA. Without it all of this runs with one in plain torch; with it, with both.
+gsplat's rasterizer needs CUDA. Without it all of this runs with one in plain torch; with it, with both.
 """
 
 import copy
@@ -36,12 +36,12 @@ from tests.csd_nerf.test_distill import gradients
 
 GROUPS = ("means", "scales", "quats", "features_dc", "features_rest", "opacities")
 MEANS = "_model.gauss_params.means"
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="gsplat's rasteriser needs a CUDA device")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="gsplat's rasterizer needs a CUDA device")
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
 def device(request):
-    """Where the scene is, with the rasteriser that runs there."""
+    """Where the scene is, with the rasterizer that runs there."""
     if request.param == "cuda":
         yield "cuda"
         return
@@ -135,7 +135,7 @@ def data(scene_data, tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def test_plain_rasteriser_shows_what_is_known_in_closed_form():
+def test_plain_rasterizer_shows_what_is_known_in_closed_form():
     """Two round Gaussians on the axis: a bell each, the nearer one in front."""
     near, far, scale, focal, opacities = 2.0, 3.0, 0.1, 20.0, torch.tensor([0.5, 0.8])
     colors = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
@@ -159,7 +159,7 @@ def test_plain_rasteriser_shows_what_is_known_in_closed_form():
 @pytest.mark.gpu
 @NEEDS_CUDA
 @pytest.mark.parametrize("mode", ["classic", "antialiased"])
-def test_plain_rasteriser_agrees_with_gsplat(mode):
+def test_plain_rasterizer_agrees_with_gsplat(mode):
     dice = torch.Generator().manual_seed(0)
     means = torch.rand(50, 3, generator=dice) - torch.tensor([0.5, 0.5, -1.0])
     scales, quats = 0.05 + 0.1 * torch.rand(50, 3, generator=dice), torch.randn(50, 4, generator=dice)
@@ -179,7 +179,7 @@ def test_plain_rasteriser_agrees_with_gsplat(mode):
     assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[1].norm()
 
 
-def test_a_run_edits_colours_and_keeps_poses_and_the_number_of_gaussians(stock_run, edited_run):
+def test_a_run_edits_colors_and_keeps_poses_and_the_number_of_gaussians(stock_run, edited_run):
     before, after = state(stock_run), state(edited_run)
     assert before.keys() == after.keys()
     assert {key: value.shape for key, value in before.items()} == {key: value.shape for key, value in after.items()}
@@ -304,12 +304,12 @@ def test_renders_have_neither_the_crop_nor_the_background_of_a_viewer(pipeline):
     assert torch.equal(views.render(2), before)
     assert torch.equal(views.render_with_gradient(2).detach().cpu(), before)
     assert model.crop_box is box and (model.background_color == 1).all() and model.training
-    artefacts = Artifacts(pipeline, views, views.original, Path(), None)
+    artifacts = Artifacts(pipeline, views, views.original, Path(), None)
     films = []
     for background in (torch.ones(3), views._background):
         model.set_crop(None)
         model.set_background(background.to(model.device))
-        films.append(artefacts._seen([], views.cameras[2:3])[1][0])
+        films.append(artifacts._seen([], views.cameras[2:3])[1][0])
     assert torch.equal(*films)
 
 
@@ -396,7 +396,7 @@ def test_views_of_distorted_cameras_are_the_undistorted_images(distorted_data, d
 
 
 @pytest.mark.parametrize("files", ["scene_data", "distorted_data"])
-def test_surfaces_are_where_the_rasteriser_puts_their_depth(files, device, request):
+def test_surfaces_are_where_the_rasterizer_puts_their_depth(files, device, request):
     """Seen through gsplat's matrices, each point lies in its pixel's middle, at the rendered depth."""
     pipeline = make_pipeline(request.getfixturevalue(files), device)
     with torch.no_grad():  # small and dense, so that some pixels are covered, and some not
@@ -444,7 +444,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(stock_run, scene_data, de
     config = part / "config.yml"
     config.write_text(config.read_text().replace("max_num_iterations: 5", "max_num_iterations: 8"))
     resumed = state(train_in_process("csd-edit-splat", tmp_path, 1, resume=config))
-    tolerance = 0 if device == "cpu" else 1e-3  # the rasteriser's sums are in no fixed order on a GPU
+    tolerance = 0 if device == "cpu" else 1e-3  # the rasterizer's sums are in no fixed order on a GPU
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, atol=tolerance, rtol=tolerance)
     assert len(whole[MEANS]) > len(state(stock_run)[MEANS])

@@ -81,7 +81,7 @@ def test_edited_views_are_written_and_the_run_can_be_evaluated(edit_run, scene_d
     assert config.load_step is None
 
 
-def test_steps_start_at_zero_and_optimisers_fresh(edit_run, scene_run):
+def test_steps_start_at_zero_and_optimizers_fresh(edit_run, scene_run):
     saved = checkpoint(edit_run)
     assert saved["step"] == 5
     assert saved["optimizers"]["fields"]["state"][0]["step"] == 6
