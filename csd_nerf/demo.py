@@ -1,4 +1,4 @@
-"""`csd demo`: a scene is made, learned, edited through csd-edit-tiny and filmed, on a CPU and offline."""
+"""`csd demo`: generate a scene, train on it, edit it with csd-edit-tiny and render a video, on a CPU and offline."""
 
 import copy
 import dataclasses
@@ -40,11 +40,11 @@ FILM_FRAMES = 24
 FILM_SIZE = (96, 72)
 SHEET_VIEWS = 5
 SHEET_WIDTH = 240
-"""Width of one picture of the contact sheet, in pixels."""
+"""Width of one image of the contact sheet, in pixels."""
 
 
 class _Stopwatch:
-    """Announces stages and keeps the seconds each took."""
+    """A timer that prints the name of each stage and records how many seconds it took."""
 
     def __init__(self, stages: int) -> None:
         self.seconds: dict[str, float] = {}
@@ -59,20 +59,20 @@ class _Stopwatch:
 
 
 def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
-    """Leaves before_after.png, turntable.mp4, edited/ and report.json in a folder, beside the scene and both runs.
+    """Write before_after.png, turntable.mp4, edited/ and report.json to a folder, next to the scene and both runs.
 
     Args:
         folder: new or empty.
-        prompt: an instruction of `csd_2d.closed_form`: its answer is known, and the result is measured by it.
+        prompt: an instruction from `csd_2d.closed_form`. Its answer is known, and the result is compared with it.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if there is no known answer to the prompt; nothing is written then.
+        ValueError: if there is no known answer to the prompt; nothing is written in this case.
     """
     known_answers(prompt, torch.zeros(1, 3, 8, 8))
-    folder = folder.resolve()  # runs remember where their data are, and are opened from anywhere
+    folder = folder.resolve()  # runs store the path of their data and may be opened from any directory
     watch = _Stopwatch(stages=5)
     with watch.stage("writing a procedural scene"):
         write_scene(folder / "scene", VIEWS, progress="views")
@@ -106,7 +106,7 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
 
 
 def scene_config(folder: Path, seed: int) -> TrainerConfig:
-    """csd-scene-tiny on FOLDER/scene, in the scene's own coordinates."""
+    """Configure csd-scene-tiny to train on FOLDER/scene, in the scene's own coordinates."""
     config = copy.deepcopy(csd_scene_tiny.config)
     config.data = folder / "scene"
     config.max_num_iterations = SCENE_STEPS
@@ -120,12 +120,12 @@ def scene_config(folder: Path, seed: int) -> TrainerConfig:
 
 
 def edit_config(folder: Path, scene_run: Path, prompt: str, seed: int) -> TrainerConfig:
-    """csd-edit-tiny on the scene of a run's config.yml; runs are written to FOLDER/runs."""
+    """Configure csd-edit-tiny to edit the scene of a run's config.yml and write its run to FOLDER/runs."""
     config = copy.deepcopy(csd_edit_tiny.config)
     config.load_run = scene_run  # type: ignore[attr-defined]
     config.pipeline.prompt = prompt  # type: ignore[attr-defined]
     config.max_num_iterations = config.pipeline.steps_per_round = EDIT_STEPS  # type: ignore[attr-defined]
-    config.pipeline.film_frames = 0  # type: ignore[attr-defined]  # the demo films a full turn itself
+    config.pipeline.film_frames = 0  # type: ignore[attr-defined]  # the demo renders its own turntable
     return _demo_run(config, folder, seed)
 
 
@@ -133,14 +133,14 @@ def _demo_run(config: TrainerConfig, folder: Path, seed: int) -> TrainerConfig:
     config.output_dir = folder / "runs"
     config.experiment_name = "demo"
     config.machine.seed = seed
-    # Neither a server nor evaluations on the way: the demo measures and films at the end.
+    # No viewer and no evaluation during training: the demo evaluates and renders at the end.
     config.vis = "tensorboard"
     config.steps_per_eval_batch = config.steps_per_eval_image = config.steps_per_eval_all_images = 10**9
     return config
 
 
 def train(config: TrainerConfig) -> Path:
-    """What ns-train does with a config; returns the run's config.yml."""
+    """Train a config as ns-train does, and return the path of the run's config.yml."""
     config.pipeline.datamanager.data = config.data
     config.set_timestamp()
     config.save_config()
@@ -149,12 +149,12 @@ def train(config: TrainerConfig) -> Path:
 
 
 def load_scene(run: Path) -> Pipeline:
-    """A trained scene, read from disk the way ns-render reads it."""
+    """Load a trained scene from disk as ns-render does."""
     return eval_setup(run, test_mode="test")[1]
 
 
 class NovelViews:
-    """Views the scene was not trained on: as they are, before and after the edit, and as the answer would be."""
+    """Held-out views of the scene: ground truth, renders before and after the edit, and the exact answer."""
 
     def __init__(self, before: Pipeline, after: Pipeline, prompt: str) -> None:
         dataset = before.datamanager.eval_dataset
@@ -165,14 +165,15 @@ class NovelViews:
             torch.stack([render(pipeline.model, camera) for camera in tqdm(cameras, desc=name, unit="view")])
             for name, pipeline in (("before", before), ("after", after))
         )
-        # An ambiguous instruction has several answers; the scene is held to the one it took as a whole.
+        # An ambiguous instruction has several answers. Compare with the one that is closest over all views together, so
+        # that views with different answers score badly.
         answers = known_answers(prompt, self.true)
         taken = max(range(len(answers)), key=lambda k: psnr(self.after, answers[k]))
         self.answer = answers[taken]
         self.answer_name = f"{taken + 1} of {len(answers)}"
 
     def psnr(self) -> dict[str, float]:
-        """In dB: how well the scene was learned, how far it was from the answer, how near it is now."""
+        """Compute the PSNR, in dB, of unedited views to the ground truth and of both kinds of views to the answer."""
         pairs = {
             "unedited_views_to_truth": (self.before, self.true),
             "unedited_views_to_answer": (self.before, self.answer),
@@ -181,7 +182,7 @@ class NovelViews:
         return {name: round(psnr(*pair), 2) for name, pair in pairs.items()}
 
     def contact_sheet(self) -> Float[Tensor, "3 H W"]:
-        """Rows: the scene before, after, and the exact answer; columns: views."""
+        """Draw a grid of images. Rows: the scene before, the scene after, the exact answer; columns: views."""
         height = round(SHEET_WIDTH * self.true.shape[-2] / self.true.shape[-1])
         shown = torch.linspace(0, len(self.true) - 1, min(SHEET_VIEWS, len(self.true))).long()
         rows = {"scene": self.before[shown], "edited": self.after[shown], "exact answer": self.answer[shown]}
@@ -195,13 +196,13 @@ class NovelViews:
 
 
 def _enlarged(images: Float[Tensor, "n 3 h w"], size: tuple[int, int]) -> np.ndarray:
-    """uint8 (n, H, W, 3)."""
+    """Enlarge images to `size` (H, W) and convert them to uint8 (n, H, W, 3)."""
     larger = torch.nn.functional.interpolate(images, size, mode="bicubic").clamp(0, 1)
     return (255 * larger).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def _turntable(before: Model, after: Model) -> Clip:
-    """One turn round both scenes, side by side."""
+    """Render one full turn around both scenes, side by side."""
     lens = intrinsics(FILM_SIZE)
     cameras = Cameras(
         camera_to_worlds=turntable(FILM_FRAMES)[:, :3],

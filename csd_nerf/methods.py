@@ -1,4 +1,7 @@
-"""The methods ns-train knows from this package. Every ns-* command imports this module: it stays light."""
+"""The methods this package registers with ns-train.
+
+Every ns-* command imports this module, so it must stay cheap to import.
+"""
 
 from importlib import import_module
 from typing import Any
@@ -23,10 +26,10 @@ from csd_nerf.trainer import EditTrainerConfig, SceneTrainerConfig
 
 
 def _allow_numpy_scalars() -> None:
-    """Lets torch >= 2.6 load nerfstudio's checkpoints (nerfstudio issue #3683) with `weights_only` on.
+    """Allow torch >= 2.6 to load nerfstudio's checkpoints (nerfstudio issue #3683) with `weights_only=True`.
 
-    Optimiser and scheduler states hold numpy scalars, which torch does not trust by itself. The second name of
-    `scalar` is the one numpy 1 writes.
+    Optimizer and scheduler states contain numpy scalars, which torch rejects by default. The second name of `scalar` is
+    the one that numpy 1 writes.
     """
     try:
         scalar: Any = import_module("numpy._core.multiarray").scalar
@@ -64,7 +67,10 @@ def _data(rays: int) -> VanillaDataManagerConfig:
 
 
 def _tiny_model(**options: Any) -> SceneModelConfig:
-    """Nerfacto that renders 4,096 rays in 0.2 s on one thread: hash encoding dominates, hence few levels."""
+    """Configure a nerfacto that renders 4,096 rays in 0.2 s on one thread.
+
+    The hash encoding dominates the cost, hence the few levels.
+    """
     return SceneModelConfig(
         num_levels=2,
         features_per_level=8,
@@ -116,12 +122,12 @@ csd_edit_tiny = MethodSpecification(
             model=_tiny_model(use_proposal_weight_anneal=False),
             prior="tiny",
             edit=EditConfig(steps=60),
-            # One round of all views: while some are edited and others not yet, a small model explains the difference by
-            # geometry and loses parts of the scene.
+            # Edit all views in one round. While only some views are edited, a small model explains the differences
+            # with geometry and loses parts of the scene.
             views_per_round=0,
             steps_per_round=450,
         ),
-        # Slow proposals: an edit changes colours, and samples should stay where surfaces are.
+        # Low learning rate for proposals: an edit changes colors, and samples should stay at the surfaces.
         optimizers=_optimizers(lr=5e-3, lr_final=1e-3, steps=450, proposal_lr=1e-3),
         viewer=_viewer(quit_when_done=True),
         vis="viewer",
@@ -143,7 +149,7 @@ csd_edit = MethodSpecification(
                 average_init_density=0.01,
                 implementation="tcnn" if TCNN_EXISTS and _HAS_GPU else "torch",
                 camera_optimizer=CameraOptimizerConfig(mode="off"),
-                # At step 0 the anneal would flatten the proposal weights of a trained scene.
+                # Annealing starts by flattening the proposal weights, which are already trained here.
                 use_proposal_weight_anneal=False,
             ),
         ),
@@ -154,8 +160,8 @@ csd_edit = MethodSpecification(
     description="Edits a nerfacto scene by one sentence: all views together, with Collaborative Score Distillation.",
 )
 
-# Splatfacto's, but slow where Gaussians would move or change their shapes: an edit changes colours, and Gaussians
-# should stay where surfaces are.
+# Splatfacto's learning rates, but lower for the positions and shapes of Gaussians: an edit changes colors, and
+# Gaussians should stay at the surfaces.
 _SPLAT_LEARNING_RATES = {
     "means": 1.6e-5,
     "features_dc": 2.5e-3,
@@ -175,7 +181,9 @@ csd_edit_splat = MethodSpecification(
         pipeline=CsdEditPipelineConfig(
             datamanager=FullImageDatamanagerConfig(
                 dataparser=NerfstudioDataParserConfig(),
-                cache_images="cpu" if _HAS_GPU else "gpu",  # torch pins memory for a GPU only; "gpu" is any device
+                cache_images="cpu"
+                if _HAS_GPU
+                else "gpu",  # "cpu" pins memory, which needs a GPU; "gpu" means any device
                 cache_images_type="uint8",
             ),
             model=SplatModelConfig(),

@@ -1,8 +1,9 @@
 """A small scene rendered exactly, by closed-form ray tracing: an island in the sky with a house and trees.
 
-World coordinates: z is up, the meadow is the plane z = 0, everything solid lies within 1 of the origin and the sky is a
-sphere of radius `SKY_RADIUS`. Cameras are nerfstudio's: camera-to-world matrices, looking along -z, y up in the image.
-All colours are the same from every side (no highlights), so that a radiance field can match them.
+World coordinates: z is up, the meadow is the plane z = 0, all solids lie within distance 1 of the origin and the sky
+is a sphere of radius `SKY_RADIUS`. Cameras follow nerfstudio's convention: camera-to-world matrices, looking along -z,
+y up in the image. Colors do not depend on the viewing direction (no highlights), so that a radiance field can match
+them.
 """
 
 import json
@@ -22,23 +23,24 @@ from csd_2d.io.images import write_image
 
 SKY_RADIUS = 3.4
 ORBIT_RADII = (2.4, 3.1)
-"""Distances of the cameras from the origin. The far ones see the air before the near ones: nothing can hang there."""
+"""Distances of the cameras from the origin. The far cameras observe the empty space in front of the near ones, so no
+floaters can form there."""
 NEAR_PLANE, FAR_PLANE = 1.35, 6.5
-"""Nothing lies nearer to a camera of the orbit, and nothing, the sky included, farther."""
+"""Everything, including the sky, lies between these distances from each camera of the orbit."""
 ELEVATIONS = (10.0, 25.0, 42.0)
-"""Of the rings of cameras, in degrees above the meadow."""
+"""Elevations of the camera rings, in degrees above the meadow."""
 FIELD_OF_VIEW = 46.0
-"""Across the image's width, in degrees."""
+"""Horizontal field of view, in degrees."""
 HELD_OUT_EVERY = 5
 
 _TARGET = (0.0, 0.0, 0.02)
 _SELF_HIT = 1e-4
-"""Distance under which a ray meets the surface it starts on."""
+"""Intersections closer than this are with the surface the ray starts on."""
 _ON_SURFACE = 1e-5
-"""Rounding error of a point on a surface."""
+"""Tolerance for rounding errors of points on a surface."""
 
 Albedo = Callable[[Tensor, Tensor], Tensor]
-"""Surface points (n, 3) and normals (n, 3) to RGB (n, 3)."""
+"""Function from surface points (n, 3) and normals (n, 3) to RGB (n, 3)."""
 
 
 # Shapes
@@ -48,11 +50,11 @@ class Shape(Protocol):
     """A convex solid."""
 
     def distances(self, origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
-        """How far along each ray the surface is first met; inf where it is not."""
+        """Compute the distance along each ray to its first intersection; inf if there is none."""
         ...
 
     def normals(self, points: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
-        """Outward, at points of the surface."""
+        """Compute outward unit normals at points on the surface."""
         ...
 
 
@@ -78,7 +80,7 @@ class Ball:
 
 @dataclass(frozen=True)
 class Frustum:
-    """A cylinder, cone or truncated cone that stands upright, with its caps."""
+    """An upright cylinder, cone or truncated cone, including its caps."""
 
     center: tuple[float, float]
     bottom: float
@@ -94,8 +96,8 @@ class Frustum:
         x, y, z = (origins - origins.new_tensor([*self.center, self.bottom])).unbind(1)
         dx, dy, dz = directions.unbind(1)
         height = self.top - self.bottom
-        # Side: |(x, y) + t (dx, dy)| = radius + t slope dz, a quadratic equation in t. The small number keeps rays
-        # that run along the side from dividing by zero.
+        # Side: |(x, y) + t (dx, dy)| = radius + t slope dz, a quadratic equation in t. The 1e-9 prevents division
+        # by zero for rays parallel to the side.
         radius = self.bottom_radius + self._slope * z
         a = dx.square() + dy.square() - (self._slope * dz).square() + 1e-9
         b = x * dx + y * dy - self._slope * radius * dz
@@ -118,7 +120,7 @@ class Frustum:
 
 @dataclass(frozen=True)
 class Polyhedron:
-    """The points x with normal . x <= offset for every (unit normal, offset)."""
+    """The set of points x with normal . x <= offset for every (unit normal, offset)."""
 
     faces: tuple[tuple[tuple[float, float, float], float], ...]
 
@@ -128,7 +130,8 @@ class Polyhedron:
     def distances(self, origins: Tensor, directions: Tensor) -> Tensor:
         normals, offsets = self._planes(origins)
         speed = normals @ directions.T
-        # A ray parallel to a face never crosses it: far ahead if it is inside, far behind if it is outside.
+        # A ray parallel to a face never crosses it. The 1e-9 puts the crossing far ahead if the ray is inside the
+        # half-space and far behind if it is outside.
         speed = torch.where(speed == 0, 1e-9, speed)
         crossings = (offsets[:, None] - normals @ origins.T) / speed
         entry = crossings.masked_fill(speed > 0, -math.inf).amax(0)
@@ -150,7 +153,7 @@ def _box(low: tuple[float, float, float], high: tuple[float, float, float]) -> P
 def _gable(
     center: tuple[float, float], half_length: float, half_width: float, eaves: float, ridge: float
 ) -> Polyhedron:
-    """A roof whose ridge runs along x."""
+    """Build a gable roof whose ridge runs along x."""
     x, y = center
     rise = ridge - eaves
     slant = math.hypot(rise, half_width)
@@ -166,7 +169,7 @@ def _gable(
     )
 
 
-# Colours
+# Colors
 
 
 def _paint(where: Bool[Tensor, " n"], color: tuple[float, float, float], base: Float[Tensor, "n 3"]) -> Tensor:
@@ -178,7 +181,7 @@ def _plain(*color: float) -> Albedo:
 
 
 def _striped(first: tuple[float, float, float], second: tuple[float, float, float], period: float) -> Albedo:
-    """Level bands of two colours."""
+    """Make horizontal bands of two alternating colors."""
 
     def albedo(points: Tensor, normals: Tensor) -> Tensor:
         second_band = (points[:, 2] / period).floor() % 2 == 1
@@ -193,7 +196,7 @@ _POND = (0.42, -0.42)
 
 
 def _meadow(points: Tensor, normals: Tensor) -> Tensor:
-    """Mown in a checkerboard, with a path from the door and a pond."""
+    """Color the meadow: a checkerboard of mown grass, a path from the door, a pond, and soil on the sides."""
     x, y = points[:, 0], points[:, 1]
     color = points.new_tensor([0.42, 0.60, 0.29]).expand_as(points)
     color = _paint(((x / 0.2).floor() + (y / 0.2).floor()) % 2 == 0, (0.50, 0.68, 0.34), color)
@@ -206,7 +209,7 @@ def _meadow(points: Tensor, normals: Tensor) -> Tensor:
 
 
 def _walls(points: Tensor, normals: Tensor) -> Tensor:
-    """A door in the front (-y), windows all round."""
+    """Color the walls: a door in the front (-y) and windows on all sides."""
     along_x = normals[:, 1].abs() > 0.5
     u = torch.where(along_x, points[:, 0] - _HOUSE[0], points[:, 1] - _HOUSE[1])
     z = points[:, 2]
@@ -215,7 +218,7 @@ def _walls(points: Tensor, normals: Tensor) -> Tensor:
 
     color = points.new_tensor([0.90, 0.82, 0.68]).expand_as(points)
     color = _paint((beside < 0.09) & ((z - 0.19).abs() < 0.095), (0.45, 0.28, 0.18), color)
-    # Brighter than white: they shine from shaded walls too, and stay lit when the scene is turned to night.
+    # Brighter than white, so that windows glow on shaded walls too and stay lit when an edit makes it night.
     color = _paint((beside < 0.065) & ((z - 0.19).abs() < 0.07), (2.4, 2.1, 0.9), color)
     return _paint(front & (u.abs() < 0.075) & (z < 0.25), (0.24, 0.45, 0.60), color)
 
@@ -226,7 +229,7 @@ def _roof(points: Tensor, normals: Tensor) -> Tensor:
 
 
 def _sky(directions: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
-    """Blue above, hazy below, with broad soft clouds."""
+    """Color the sky: blue above, hazy below, with broad, soft clouds."""
     x, y, z = directions.unbind(1)
     height = (0.5 + 0.75 * z).clamp(0, 1)[:, None]
     color = torch.lerp(directions.new_tensor([0.80, 0.84, 0.86]), directions.new_tensor([0.34, 0.58, 0.86]), height)
@@ -279,8 +282,8 @@ _OBJECTS: list[tuple[Shape, Albedo]] = [
 # Light
 
 
-def _directions(direction: tuple[float, float, float], radius: float, count: int) -> Float[Tensor, "count 3"]:
-    """Unit vectors evenly round a direction."""
+def _cone_of_directions(direction: tuple[float, float, float], radius: float, count: int) -> Float[Tensor, "count 3"]:
+    """Compute unit vectors evenly spaced on a cone around a direction."""
     axis = torch.nn.functional.normalize(torch.tensor(direction), dim=0)
     side = torch.nn.functional.normalize(torch.linalg.cross(axis, torch.tensor([0.0, 0.0, 1.0])), dim=0)
     angles = torch.arange(count)[:, None] * (2 * math.pi / count)
@@ -288,29 +291,29 @@ def _directions(direction: tuple[float, float, float], radius: float, count: int
     return torch.nn.functional.normalize(axis + radius * ring, dim=1)
 
 
-_SUN = _directions((-0.45, -0.62, 0.80), 0.05, 3)
-"""Three suns close together: a penumbra."""
-_DOME = _directions((0.01, 0.0, 1.0), 0.9, 5)
-"""Skylight, shadowed too: it darkens corners and the ground under trees."""
+_SUN = _cone_of_directions((-0.45, -0.62, 0.80), 0.05, 3)
+"""Directions of three suns close together, which give shadows a penumbra."""
+_DOME = _cone_of_directions((0.01, 0.0, 1.0), 0.9, 5)
+"""Directions of skylight. It casts shadows too, which darken corners and the ground under trees."""
 _FILL_DIRECTION = (0.48, 0.62, -0.62)
-"""Light that clouds and sky throw back from opposite the sun; soft and without shadows."""
+"""Direction of the fill light: soft, shadowless light that clouds and sky reflect from opposite the sun."""
 
 
-def _lit_by(lights: Float[Tensor, "k 3"], points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"]) -> Tensor:
-    """Mean over the lights of the cosine with the normal, 0 in shadow: (n, 1)."""
+def _irradiance(lights: Float[Tensor, "k 3"], points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"]) -> Tensor:
+    """Compute the mean over the lights of the cosine with the normal, 0 in shadow: (n, 1)."""
     total = torch.zeros_like(points[:, 0])
     for light in lights:
         cosine = normals @ light
-        seen = (cosine > 0).nonzero()[:, 0]
-        # The ground is left out: all lights are above it.
+        lit = (cosine > 0).nonzero()[:, 0]
+        # Skip the ground: all lights are above it.
         for shape, _ in _OBJECTS:
-            seen = seen[shape.distances(points[seen], light.expand(len(seen), 3)).isinf()]
-        total[seen] += cosine[seen]
+            lit = lit[shape.distances(points[lit], light.expand(len(lit), 3)).isinf()]
+        total[lit] += cosine[lit]
     return total[:, None] / len(lights)
 
 
 def _radiance(origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
-    """Colour that reaches the origin of each ray (unit directions)."""
+    """Compute the color that reaches the origin of each ray (unit directions)."""
     along = (origins * directions).sum(1, keepdim=True)
     to_sky = -along + (along.square() - origins.square().sum(1, keepdim=True) + SKY_RADIUS**2).sqrt()
     colors = _sky((origins + to_sky * directions) / SKY_RADIUS)
@@ -326,8 +329,8 @@ def _radiance(origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"]) -
         albedos[hit] = albedo(points[hit], normals[hit])
 
     hit = nearest >= 0
-    sun = points.new_tensor([0.74, 0.68, 0.58]) * _lit_by(_SUN, points[hit], normals[hit])
-    skylight = points.new_tensor([0.34, 0.38, 0.44]) * _lit_by(_DOME, points[hit], normals[hit])
+    sun = points.new_tensor([0.74, 0.68, 0.58]) * _irradiance(_SUN, points[hit], normals[hit])
+    skylight = points.new_tensor([0.34, 0.38, 0.44]) * _irradiance(_DOME, points[hit], normals[hit])
     fill = (
         points.new_tensor([0.38, 0.39, 0.41]) * (1 + 0.4 * normals[hit] @ points.new_tensor(_FILL_DIRECTION))[:, None]
     )
@@ -339,9 +342,9 @@ def _radiance(origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"]) -
 
 
 def look_at(position: Float[Tensor, "3"], target: tuple[float, float, float] = _TARGET) -> Float[Tensor, "4 4"]:
-    """Camera-to-world of a camera that looks at the target with z up.
+    """Compute the camera-to-world matrix of a camera that looks at the target, with z up.
 
-    Columns are the image's right, its up, the direction away from the target, and the position.
+    Its columns are the image's right, the image's up, the direction away from the target, and the position.
 
     Example:
         >>> look_at(torch.tensor([2.0, 0.0, 0.0]), target=(0.0, 0.0, 0.0))[:3, 2].tolist()
@@ -355,15 +358,15 @@ def look_at(position: Float[Tensor, "3"], target: tuple[float, float, float] = _
 
 
 def _on_sphere(azimuth: float, elevation: float, radius: float) -> Float[Tensor, "4 4"]:
-    """A camera of the orbit; degrees, azimuth 0 at -y (before the house's door)."""
+    """Place a camera that looks at the scene; angles in degrees, azimuth 0 at -y (in front of the house's door)."""
     a, e = math.radians(azimuth), math.radians(elevation)
     return look_at(radius * torch.tensor([math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)]))
 
 
 def orbit(num: int = 36) -> Float[Tensor, "num 4 4"]:
-    """Cameras to learn the scene from: one ring after the other at `ELEVATIONS`, turned against each other.
+    """Place the cameras of the data set in rings at `ELEVATIONS`, ring by ring, with staggered azimuths.
 
-    Within a ring near and far cameras alternate.
+    Near and far cameras alternate within a ring.
     """
     rings = len(ELEVATIONS)
 
@@ -375,14 +378,14 @@ def orbit(num: int = 36) -> Float[Tensor, "num 4 4"]:
 
 
 def turntable(num: int = 48, elevation: float = 22.0) -> Float[Tensor, "num 4 4"]:
-    """Cameras of one full turn, for a film that loops."""
+    """Place cameras along one full turn around the scene, for a video that loops."""
     return torch.stack([_on_sphere(360 * i / num + 24, elevation, ORBIT_RADII[0]) for i in range(num)])
 
 
 def intrinsics(size: tuple[int, int]) -> dict[str, float]:
-    """nerfstudio's fl_x, fl_y, cx, cy, w and h of an image of `size` (width, height), in pixels.
+    """Compute nerfstudio's fl_x, fl_y, cx, cy, w and h for an image of `size` (width, height), in pixels.
 
-    Pixel (column, row) covers [column, column + 1) x [row, row + 1), so that its centre lies at + 0.5.
+    Pixel (column, row) covers [column, column + 1) x [row, row + 1); its center is (column + 0.5, row + 0.5).
     """
     width, height = size
     focal = width / 2 / math.tan(math.radians(FIELD_OF_VIEW) / 2)
@@ -392,12 +395,12 @@ def intrinsics(size: tuple[int, int]) -> dict[str, float]:
 def render_view(
     camera_to_world: Float[Tensor, "4 4"], size: tuple[int, int] = (96, 72), supersampling: int = 2
 ) -> Float[Tensor, "3 H W"]:
-    """One view of the scene, RGB in [0, 1].
+    """Render one view of the scene, RGB in [0, 1].
 
     Args:
-        camera_to_world: see `look_at`; inside the sky sphere.
+        camera_to_world: see `look_at`; the camera must be inside the sky sphere.
         size: (width, height) in pixels.
-        supersampling: each pixel is the mean of this many rays, squared.
+        supersampling: rays per pixel along each axis; a pixel is the mean of supersampling^2 rays.
 
     Example:
         >>> render_view(turntable(1)[0], (32, 24)).shape
@@ -421,25 +424,25 @@ def render_view(
 def write_scene(
     folder: Path, num_views: int = 36, size: tuple[int, int] = (96, 72), progress: str | None = None
 ) -> None:
-    """Writes `images/*.png` and `transforms.json` in nerfstudio's data format, seen from `orbit(num_views)`.
+    """Write `images/*.png` and `transforms.json` in nerfstudio's data format, with the cameras of `orbit(num_views)`.
 
     Every `HELD_OUT_EVERY`-th view is for evaluation, the others for training.
 
-    The scene keeps the coordinates of this module when ns-train is given `nerfstudio-data --orientation-method none
-    --center-method none --auto-scale-poses False` (scale factor and scene scale are 1 by default). Everything lies
-    between `NEAR_PLANE` and `FAR_PLANE` of a camera: `--pipeline.model.near-plane` saves a radiance field from a
-    picture hung before each, and with the far plane `--pipeline.model.proposal-initial-sampler uniform` wastes no
-    samples.
+    To keep the coordinates of this module, pass `nerfstudio-data --orientation-method none --center-method none
+    --auto-scale-poses False` to ns-train (scale factor and scene scale are 1 by default). Everything lies between
+    `NEAR_PLANE` and `FAR_PLANE` of each camera. Passing the former as `--pipeline.model.near-plane` prevents floaters
+    right in front of the cameras. With the far plane set as well, `--pipeline.model.proposal-initial-sampler uniform`
+    wastes no samples.
 
     Args:
-        folder: made, with its parents; it appears when all files are written.
+        folder: created along with its parents; it appears only when all files are written.
         num_views: at least 2.
         size: (width, height) in pixels.
-        progress: label of a progress bar with ETA; none if None.
+        progress: label of the progress bar; None: no progress bar.
 
     Raises:
-        ValueError: if there are under 2 views, for one is held out.
-        FileExistsError: if the folder holds something, or is a file.
+        ValueError: if there are fewer than 2 views: one is held out.
+        FileExistsError: if the folder is not empty, or is a file.
     """
     if num_views < 2:
         raise ValueError(f"num_views must be at least 2, one of them held out; got {num_views}.")

@@ -1,4 +1,4 @@
-"""What the tiny model is taught: instructions in several wordings, and their answers in closed form."""
+"""Training instructions of the tiny model, each with several wordings and its answers in closed form."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from csd_2d.closed_form import EDITS, HUES, ImageEdit, normalized, recolor
 from csd_2d.tiny.scenes import OBJECTS, Scenes
 
 SMALLEST_OBJECT = 0.015
-"""Share of the picture an object must cover to be spoken of."""
+"""Minimum share of the image that an object must cover to be named in an instruction."""
 
 _LOOKS = ("make it {}", "turn it {}", "make the picture {}", "what if it were {}", "let it be {}", "{}")
 _TIMES = ("make it {}", "turn it into {}", "what if it were {}", "let it be {}", "show it in {}", "{}")
@@ -19,20 +19,20 @@ _PAINTS = ("paint it {}", "color it {}", "tint everything {}", "paint the pictur
 _OBJECT_PAINTS = ("make the {} {}", "turn the {} {}", "paint the {} {}", "color the {} {}", "let the {} be {}")
 
 
-def _say(templates: Sequence[str], *words: str) -> list[str]:
+def _fill(templates: Sequence[str], *words: str) -> list[str]:
     return [template.format(word) for word in words for template in templates]
 
 
 _WORDINGS: dict[str, list[str]] = {
-    "make it night": [*_say(_TIMES, "night"), "turn day into night", "as if it were midnight"],
-    "make it sunset": [*_say(_TIMES, "sunset"), "put it in evening light", "as the sun goes down"],
-    "make it black and white": [*_say(_LOOKS, "black and white", "grey"), "take the colors away"],
-    "make it sepia": [*_say(_LOOKS, "sepia"), "make it an old photograph", "give it a sepia tone"],
-    "make it foggy": [*_say(_LOOKS, "foggy", "misty"), "put it in fog", "let fog come up"],
-    "make it snowy": [*_say(_LOOKS, "snowy"), *_say(_TIMES, "winter"), "cover it with snow", "let it snow"],
-    "make it spring": _say(_TIMES, "spring"),
-    "make it summer": _say(_TIMES, "summer"),
-    "make it autumn": _say(_TIMES, "autumn", "fall"),
+    "make it night": [*_fill(_TIMES, "night"), "turn day into night", "as if it were midnight"],
+    "make it sunset": [*_fill(_TIMES, "sunset"), "put it in evening light", "as the sun goes down"],
+    "make it black and white": [*_fill(_LOOKS, "black and white", "grey"), "take the colors away"],
+    "make it sepia": [*_fill(_LOOKS, "sepia"), "make it an old photograph", "give it a sepia tone"],
+    "make it foggy": [*_fill(_LOOKS, "foggy", "misty"), "put it in fog", "let fog come up"],
+    "make it snowy": [*_fill(_LOOKS, "snowy"), *_fill(_TIMES, "winter"), "cover it with snow", "let it snow"],
+    "make it spring": _fill(_TIMES, "spring"),
+    "make it summer": _fill(_TIMES, "summer"),
+    "make it autumn": _fill(_TIMES, "autumn", "fall"),
     "invert the colors": ["invert the colors", "invert it", "make it a negative", "swap light and dark", "invert"],
     "turn it into a pencil sketch": [
         *("turn it into a pencil sketch", "make it a pencil sketch", "draw it with a pencil", "pencil sketch"),
@@ -40,32 +40,32 @@ _WORDINGS: dict[str, list[str]] = {
     ],
     "paint it a new color": ["paint it a new color", "give it another color", "paint it", "change the color"],
     "change the season": ["change the season", "make it another season", "show it in another season"],
-    **{f"paint it {color}": _say(_PAINTS, color) for color in HUES},
+    **{f"paint it {color}": _fill(_PAINTS, color) for color in HUES},
 }
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One thing the model can be asked for."""
+    """One edit that the model is trained on."""
 
     name: str
-    """The wording tables and reports use."""
+    """The wording that tables and reports use."""
     wordings: tuple[str, ...]
     answers: tuple[ImageEdit, ...]
-    """More than one if the instruction is ambiguous; each is then right as often as the others."""
+    """Several if the instruction is ambiguous; all are then equally frequent."""
     share: float
-    """How often it is taught, relative to the others."""
+    """Sampling weight relative to the other instructions."""
     object: str | None = None
-    """What alone is changed; None: the whole picture."""
+    """The only object to change; None: the whole image."""
 
     def fits(self, scenes: Scenes) -> Tensor:
-        """Which scenes show what the instruction is about; (n,) bool."""
+        """Find the scenes that show what the instruction names; (n,) bool."""
         if self.object is None:
             return torch.ones(len(scenes.images), dtype=torch.bool, device=scenes.images.device)
         return scenes.visible[self.object].mean((1, 2, 3)) >= SMALLEST_OBJECT
 
     def answer(self, scenes: Scenes, rows: Tensor, mode: int = 0) -> Float[Tensor, "k 3 s s"]:
-        """The edited images of some scenes, in [0, 1]."""
+        """Compute the edited images of the scenes at `rows`, in [0, 1]; `mode` selects one of the answers."""
         images = scenes.images[rows]
         edited = self.answers[mode](images)
         if self.object is not None:
@@ -74,7 +74,8 @@ class Instruction:
 
 
 def _instructions() -> dict[str, Instruction]:
-    # An ambiguous instruction has several answers to learn, and a color is told from the others by a single word.
+    # Higher shares for what is harder to learn: ambiguous instructions have several answers, and paints differ from
+    # each other by a single word.
     shares = {"paint it a new color": 4.0, "change the season": 6.0, **{f"paint it {color}": 1.5 for color in HUES}}
     whole = [
         Instruction(name, tuple(_WORDINGS[name]), tuple(edits), shares.get(name, 1.0)) for name, edits in EDITS.items()
@@ -97,11 +98,11 @@ INSTRUCTIONS = _instructions()
 """Name -> instruction."""
 
 WORDINGS = sorted({wording for instruction in INSTRUCTIONS.values() for wording in instruction.wordings})
-"""Everything the model reads while it learns; its tokenizer is trained on it."""
+"""All training prompts; the tokenizer is trained on them."""
 
 
 def unknown_words(prompt: str) -> list[str]:
-    """Words of a prompt the model has never read.
+    """List the words of a prompt that occur in no training prompt.
 
     Example:
         >>> unknown_words("Turn the ball into a pencil")
@@ -116,30 +117,32 @@ def unknown_words(prompt: str) -> list[str]:
 def draw_edits(
     scenes: Scenes, generator: torch.Generator, object_share: float = 1.0
 ) -> tuple[Float[Tensor, "n 3 s s"], list[str]]:
-    """Gives every scene an instruction that fits it, in a random wording.
+    """Draw for each scene an instruction that fits it, in a random wording, and compute its answer.
 
     Args:
-        object_share: factor on the shares of the instructions that are about one object.
+        object_share: factor on the shares of the instructions that name an object.
 
     Returns:
-        The answers, one drawn at random where there are several, and the wordings.
+        The answers, drawn at random where there are several, and the wordings.
     """
     known = list(INSTRUCTIONS.values())
     fits = torch.stack([instruction.fits(scenes) for instruction in known], 1).cpu()
     shares = torch.tensor([instruction.share * (object_share if instruction.object else 1.0) for instruction in known])
-    # Indices are drawn on the CPU whatever the device, so that the same seed teaches the same lessons.
-    dice = torch.Generator().manual_seed(int(torch.randint(2**40, (), generator=generator, device=generator.device)))
-    drawn = torch.multinomial(fits * shares, 1, generator=dice)[:, 0]
-    rolls = torch.randint(2**30, (len(drawn), 2), generator=dice)
+    # Draw indices on the CPU, whatever the device, so that the same seed gives the same instructions.
+    cpu_generator = torch.Generator().manual_seed(
+        int(torch.randint(2**40, (), generator=generator, device=generator.device))
+    )
+    drawn = torch.multinomial(fits * shares, 1, generator=cpu_generator)[:, 0]
+    choices = torch.randint(2**30, (len(drawn), 2), generator=cpu_generator)
     targets = torch.empty_like(scenes.images)
     wordings = [""] * len(drawn)
     for number in drawn.unique().tolist():
         instruction = known[number]
-        modes = rolls[:, 0] % len(instruction.answers)
+        modes = choices[:, 0] % len(instruction.answers)
         for mode in range(len(instruction.answers)):
             rows = ((drawn == number) & (modes == mode)).nonzero()[:, 0]
             if len(rows):
                 targets[rows] = instruction.answer(scenes, rows.to(targets.device), mode)
         for row in (drawn == number).nonzero()[:, 0].tolist():
-            wordings[row] = instruction.wordings[int(rolls[row, 1]) % len(instruction.wordings)]
+            wordings[row] = instruction.wordings[int(choices[row, 1]) % len(instruction.wordings)]
     return targets, wordings

@@ -1,10 +1,10 @@
-r"""What the tiny model can do, measured with diffusers' own pipeline, before any of our loop.
+r"""Measure the quality of the tiny model with diffusers' own pipeline, without this package's algorithm.
 
     python -m csd_2d.tiny.report OUT --photos FOLDER FOLDER ...
 
-On held-out scenes, and on photographs where folders are named: PSNR to the closed-form edit; how often, of all edits
-the model knows (and none at all), the instructed one is the nearest; how many answers ambiguous instructions reach over
-64 seeds. OUT receives `report.json` and sample sheets.
+The report covers held-out scenes and, if folders are given, photographs. It measures the PSNR to the closed-form edit,
+how often the instructed edit is the nearest of all known edits (and of no edit at all), and how many answers ambiguous
+instructions reach over 64 seeds. OUT receives `report.json` and sample sheets.
 """
 
 import json
@@ -33,30 +33,32 @@ from csd_2d.tiny.scenes import OBJECTS, Scenes, held_out
 from csd_2d.tiny.train import edit_with_diffusers, sheet
 
 SEEDS = 64
-"""Samples of each ambiguous instruction."""
+"""Number of samples for each ambiguous instruction."""
 SHOWN = 3
-"""Scenes of each other instruction that the sample sheet shows."""
+"""Number of scenes on the sample sheet for each other instruction."""
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What is measured."""
+    """Settings of the report."""
 
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder for report.json and the sheets."""
+    """Folder for report.json and the sample sheets."""
     photos: tuple[Path, ...] = ()
-    """Folders with photographs, searched in depth."""
+    """Folders with photographs, searched recursively."""
     model: Path = MODEL
     """Folder of the diffusers pipeline."""
     count: int = 24
-    """Scenes, or cut-outs of photographs, for each instruction."""
+    """Number of scenes, or crops of photographs, for each instruction."""
     guidance_scale: float = GUIDANCE_SCALE
     image_guidance_scale: float = IMAGE_GUIDANCE_SCALE
     num_inference_steps: int = 20
 
 
 def cut_outs(folders: Sequence[Path], count: int, size: int) -> Float[Tensor, "count 3 size size"]:
-    """Squares of photographs scaled to the model's window: from everywhere in the folders, large and small.
+    """Crop random squares of various sizes from photographs and scale them to the model's window.
+
+    The photographs are spread evenly over all files in the folders.
 
     Raises:
         ValueError: if there are no photographs.
@@ -64,29 +66,31 @@ def cut_outs(folders: Sequence[Path], count: int, size: int) -> Float[Tensor, "c
     paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(f"there are no images in {', '.join(map(str, folders))}.")
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     squares = []
     for i in range(count):
         image = read_image(paths[i * len(paths) // count])
         height, width = image.shape[-2:]
-        side = max(int(min(height, width) * (0.5 + 0.5 * torch.rand((), generator=dice))), size)
-        top, left = (int(torch.randint(max(extent - side, 0) + 1, (), generator=dice)) for extent in (height, width))
+        side = max(int(min(height, width) * (0.5 + 0.5 * torch.rand((), generator=generator))), size)
+        top, left = (
+            int(torch.randint(max(extent - side, 0) + 1, (), generator=generator)) for extent in (height, width)
+        )
         square = image[:, top : top + side, left : left + side]
         squares.append(F.interpolate(square[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1))
     return torch.stack(squares)
 
 
 def _psnr(images: Tensor, references: Tensor) -> Tensor:
-    """In dB, of each image."""
+    """Compute the PSNR of each image, in dB."""
     return decibels((images - references).square().flatten(1).mean(1))
 
 
 def measure_deterministic(
     pipeline: StableDiffusionInstructPix2PixPipeline, scenes: Scenes, config: ReportConfig, names: Sequence[str]
 ) -> list[dict]:
-    """For each instruction with one answer: PSNR to it, and whether of all answers it is the nearest.
+    """Measure, for each instruction with one answer, the PSNR to it and whether it is the nearest of all answers.
 
-    "strip" holds source, edit and answer of the first scenes, side by side.
+    "strip" contains source, edit and answer of the first scenes, side by side.
     """
     certain = [instruction for instruction in INSTRUCTIONS.values() if len(instruction.answers) == 1]
     results = []
@@ -96,7 +100,7 @@ def measure_deterministic(
         edited = _edit(pipeline, scenes.images[rows], [name] * len(rows), config)
         nearest, right = _psnr(edited, scenes.images[rows]), torch.zeros(len(rows), dtype=torch.bool)
         for other in certain:
-            # An object that is not there cannot be painted: the answer would be the unchanged image.
+            # Exclude paints of objects that are not in the scene: their answer would be the unchanged image.
             score = _psnr(edited, other.answer(scenes, rows)).masked_fill(~other.fits(scenes)[rows], -1)
             right = torch.where(score > nearest, other.name == name, right)
             nearest = nearest.maximum(score)
@@ -109,7 +113,7 @@ def measure_deterministic(
 def measure_ambiguous(
     pipeline: StableDiffusionInstructPix2PixPipeline, image: Float[Tensor, "3 s s"], name: str, config: ReportConfig
 ) -> tuple[dict, Float[Tensor, "n 3 s s"]]:
-    """The answers that many seeds reach on one image."""
+    """Count the answers that `SEEDS` samples of an instruction reach on one image; return the samples, too."""
     images = image.expand(SEEDS, -1, -1, -1)
     edited = _edit(pipeline, images, [name] * SEEDS, config)
     distances = torch.stack([_psnr(edited, answer(images).clamp(0, 1)) for answer in INSTRUCTIONS[name].answers])
@@ -133,7 +137,7 @@ def _edit(
 
 
 def _summary(results: list[dict]) -> dict:
-    """Figures over all images of all instructions, and for each instruction."""
+    """Summarize the results over all images of all instructions, and for each instruction."""
     images = [psnr for result in results for psnr in result["psnr"]]
     right = [nearest for result in results for nearest in result["nearest"]]
     return {
@@ -152,20 +156,20 @@ def _summary(results: list[dict]) -> dict:
 
 @torch.no_grad()
 def run_report(config: ReportConfig) -> dict:
-    """Measures, writes, and returns what report.json holds.
+    """Measure the model, write the report and the sample sheets, and return the content of report.json.
 
     Raises:
-        ValueError: if a folder named for photographs holds none.
+        ValueError: if there are no photographs in the given folders.
     """
     start = time.monotonic()
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(str(config.model), local_files_only=True)
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    # So many that each object is in enough of them.
+    # Four times `count`, so that enough scenes contain each object.
     subjects = {"held_out_scenes": held_out(4 * config.count, size)}
     if config.photos:
-        nothing = torch.zeros(config.count, 1, size, size)
+        no_object = torch.zeros(config.count, 1, size, size)
         photos = cut_outs(config.photos, config.count, size)
-        subjects["photographs"] = Scenes(photos, dict.fromkeys(OBJECTS, nothing))
+        subjects["photographs"] = Scenes(photos, dict.fromkeys(OBJECTS, no_object))
     report: dict = {
         "guidance_scale": config.guidance_scale,
         "image_guidance_scale": config.image_guidance_scale,
@@ -194,7 +198,7 @@ def run_report(config: ReportConfig) -> dict:
 
 
 def _sheet_of_edits(results: list[dict]) -> Tensor:
-    """One row an instruction, as wide as the widest."""
+    """Draw a sheet with one row per instruction, all padded to the widest row."""
     strips = [result["strip"] for result in results]
     widest = max(map(len, strips))
     return sheet(F.pad(strip, (0, 0, 0, 0, 0, 0, 0, widest - len(strip))) for strip in strips)

@@ -1,4 +1,4 @@
-"""Random scenes, drawn in batches: textured, shaded shapes over gradients and noise. No data set but this one."""
+"""Random scenes, drawn in batches: textured, shaded shapes over gradients and noise. The only training data."""
 
 import math
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 OBJECTS = ("ball", "box", "cone")
-"""What an instruction can name; a scene holds at most one of each."""
+"""Objects that an instruction can name; a scene contains at most one of each."""
 _SHARPNESS = 0.6
-"""Steepness of an outline in units of 1 / pixel: about two pixels from outside to inside."""
+"""Steepness of outlines per half pixel; the transition from outside to inside takes about two pixels."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,18 @@ class Scenes:
     images: Float[Tensor, "n 3 s s"]
     """RGB in [0, 1]."""
     visible: dict[str, Float[Tensor, "n 1 s s"]]
-    """For each of `OBJECTS`, how much of each pixel it covers, in [0, 1]."""
+    """For each of `OBJECTS`, the visible coverage of each pixel, in [0, 1]."""
 
     @property
     def masks(self) -> Float[Tensor, "n 3 s s"]:
-        """The same in one tensor, in the order of `OBJECTS`."""
+        """The coverages in one tensor, in the order of `OBJECTS`."""
         return torch.cat([self.visible[name] for name in OBJECTS], 1)
 
 
 class _Painter:
-    """Draws from one generator and composites layers, back to front, over a batch of canvases.
+    """A batch of canvases on which random layers are composited back to front, all drawn from one generator.
 
-    Coordinates are in [-1, 1], x to the right and y down.
+    Coordinates are in [-1, 1], with x to the right and y down.
     """
 
     def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
@@ -51,7 +51,7 @@ class _Painter:
         return (self.uniform() < probability).float()
 
     def color(self, darkest: float = 0.08) -> Float[Tensor, "n 3 1 1"]:
-        """Any hue; mostly muted, as photographs are."""
+        """Draw colors of any hue, mostly muted as in photographs."""
         hue, saturation, value = self.uniform(), self.uniform() ** 1.7, self.uniform(darkest, 1)
         offsets = torch.tensor([0.0, 2 / 3, 1 / 3], device=self.device)[:, None, None]
         pure = ((6 * ((hue + offsets) % 1) - 3).abs() - 1).clamp(0, 1)
@@ -60,7 +60,7 @@ class _Painter:
     def noise(
         self, channels: int = 1, smoothest: float = 2.2, roughest: float = 0.6
     ) -> Float[Tensor, "n channels s s"]:
-        """Fields with a spectrum of 1 / f^beta, beta from 0.6 (sand) to 2.2 (clouds); mean 0, deviation 1."""
+        """Draw noise with a 1 / f^beta spectrum, beta from 0.6 (sand) to 2.2 (clouds); mean 0, standard deviation 1."""
         frequency = torch.fft.fftfreq(self.size, device=self.device)
         radius = torch.hypot(frequency[:, None], frequency[None, : self.size // 2 + 1].abs()).clamp(min=1 / self.size)
         white = torch.randn(self.count, channels, self.size, self.size, generator=self.generator, device=self.device)
@@ -70,30 +70,30 @@ class _Painter:
         return field / field.std((-2, -1), keepdim=True)
 
     def stripes(self) -> Float[Tensor, "n 1 s s"]:
-        """Waves or bars in any direction, in [-1, 1]."""
+        """Draw waves or bars in any direction, in [-1, 1]."""
         angle, pace = self.uniform(0, math.pi), self.uniform(4, 22)
         wave = torch.sin(pace * (self.x * angle.cos() + self.y * angle.sin()) + self.uniform(0, 2 * math.pi))
         return torch.where(self.uniform() < 0.5, wave, wave.sign())
 
     def textured(self, color: Tensor) -> Float[Tensor, "n 3 s s"]:
-        """A surface of one color, with grain and now and then a pattern in a second one."""
+        """Draw a surface of one color, mostly with grain and sometimes with a pattern in a second color."""
         pattern = (0.5 + 0.5 * self.stripes()) * self.chance(0.3) * self.uniform(0.2, 1)
         surface = torch.lerp(color.expand(-1, -1, self.size, self.size), self.color(), pattern)
         return surface * (1 + self.chance(0.7) * self.uniform(0.0, 0.35) * self.noise())
 
     def inside(self, distance: Tensor) -> Float[Tensor, "n 1 s s"]:
-        """Coverage of the pixels whose signed distance to an outline is positive, anti-aliased."""
+        """Compute the anti-aliased coverage of the region whose signed distance to the outline is positive."""
         return torch.sigmoid(_SHARPNESS * self.size * distance)
 
     def cover(self, coverage: Tensor, layer: Tensor, name: str | None = None) -> None:
-        """Puts a layer on top of what is there."""
+        """Composite a layer over the canvas."""
         self.canvas = torch.lerp(self.canvas, layer, coverage)
-        self.visible = {other: seen * (1 - coverage) for other, seen in self.visible.items()}
+        self.visible = {other: visible * (1 - coverage) for other, visible in self.visible.items()}
         if name is not None:
             self.visible[name] = coverage
 
     def backdrop(self) -> None:
-        """A gradient in any direction, ground below a wavy horizon in some scenes, soft noise in color."""
+        """Draw a gradient in any direction; in some scenes, ground below a wavy horizon, or soft colored noise."""
         angle = self.uniform(0, 2 * math.pi)
         ramp = 0.5 + 0.5 * (self.x * angle.cos() + self.y * angle.sin()) / 1.4
         self.canvas = torch.lerp(self.color().expand_as(self.canvas), self.color(), ramp)
@@ -103,24 +103,24 @@ class _Painter:
         self.canvas = self.canvas + self.chance(0.5) * self.uniform(0, 0.1) * self.noise(3, roughest=1.0)
 
     def blob(self) -> None:
-        """Hills, clouds, foliage: wherever a noise field is high."""
+        """Draw hills, clouds or foliage: the region where a noise field is high."""
         coverage = self.inside((self.noise(roughest=1.5) - self.uniform(-0.5, 1.5)) * self.uniform(0.02, 0.2))
         self.cover(coverage * self.chance(0.5), self.textured(self.color()))
 
-    def _placed(self) -> tuple[Tensor, Tensor]:
-        """Coordinates around a random center, turned a little."""
+    def _local_coordinates(self) -> tuple[Tensor, Tensor]:
+        """Compute coordinates relative to a random center and slightly rotated axes."""
         u, v = self.x - self.uniform(-0.65, 0.65), self.y - self.uniform(-0.65, 0.65)
         turn = self.uniform(-0.5, 0.5)
         return u * turn.cos() + v * turn.sin(), v * turn.cos() - u * turn.sin()
 
     def patterned(self, dark: Tensor) -> Float[Tensor, "n 3 s s"]:
-        """A surface of one color with grain, bright enough to be painted, darkened where a pattern is 1."""
+        """Draw a grainy surface of one color, bright enough to be painted, darkened where the pattern `dark` is 1."""
         grain = 1 + self.chance(0.7) * self.uniform(0.0, 0.2) * self.noise()
         return self.color(darkest=0.4) * grain * (1 - self.uniform(0.35, 0.6) * dark)
 
     def ball(self, present: Tensor) -> None:
-        """Smooth, with a gloss and a dark rim."""
-        u, v = self._placed()
+        """Draw a smooth ball with a highlight and a dark rim."""
+        u, v = self._local_coordinates()
         radius = self.uniform(0.2, 0.55)
         distance = torch.hypot(u, v)
         depth = (1 - (distance / radius).square()).clamp(min=0).sqrt()
@@ -132,8 +132,8 @@ class _Painter:
         self.cover(self.inside(radius - distance) * present, surface * shade + gloss, "ball")
 
     def box(self, present: Tensor) -> None:
-        """A chequered front, and a sheared top that is lighter or darker."""
-        u, v = self._placed()
+        """Draw a box with a checkered front and a sheared top of different brightness."""
+        u, v = self._local_coordinates()
         width, height, rise = self.uniform(0.2, 0.45), self.uniform(0.2, 0.45), self.uniform(0.08, 0.25)
         front = torch.minimum(width - u.abs(), height - v.abs())
         above = -height - v
@@ -141,12 +141,12 @@ class _Painter:
         shade = self.uniform(0.6, 1.0) + self.inside(top) * self.uniform(0.1, 0.5)
         coverage = torch.maximum(self.inside(front), self.inside(top))
         squares = 2 * math.pi / self.uniform(0.3, 0.45)
-        chequered = self.inside((squares * u).sin() * (squares * v).sin() * 0.1)
-        self.cover(coverage * present, self.patterned(chequered) * shade, "box")
+        checkered = self.inside((squares * u).sin() * (squares * v).sin() * 0.1)
+        self.cover(coverage * present, self.patterned(checkered) * shade, "box")
 
     def cone(self, present: Tensor) -> None:
-        """With dark bands around it."""
-        u, v = self._placed()
+        """Draw a cone with dark bands around it."""
+        u, v = self._local_coordinates()
         width, height = self.uniform(0.25, 0.5), self.uniform(0.3, 0.6)
         down = (v + height) / (2 * height)  # 0 at the tip, 1 at the base
         half = (width * down).clamp(min=1e-3)
@@ -158,7 +158,7 @@ class _Painter:
         self.cover(coverage * present, self.patterned(banded) * shade, "cone")
 
     def light(self) -> None:
-        """Light from one side, a tint, exposure and contrast of the whole picture; blur and grain of a camera."""
+        """Apply directional light, tint, exposure and contrast to the whole image, then a camera's blur and grain."""
         angle = self.uniform(0, 2 * math.pi)
         slope = 1 + self.uniform(0, 0.45) * (self.x * angle.cos() + self.y * angle.sin())
         tint = 1 + 0.12 * (2 * self.uniform(channels=3) - 1)
@@ -169,7 +169,7 @@ class _Painter:
 
 
 def _blurred(images: Float[Tensor, "n c h w"], deviation: Float[Tensor, "n 1 1 1"]) -> Float[Tensor, "n c h w"]:
-    """Gaussian blur with a deviation, in pixels, for each image."""
+    """Blur each image with a Gaussian of its own standard deviation, in pixels."""
     offsets = torch.arange(-3, 4, device=images.device)
     taps = (-offsets.square() / (2 * deviation.flatten(1).square() + 1e-4)).exp()
     taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)[:, None]
@@ -179,12 +179,12 @@ def _blurred(images: Float[Tensor, "n c h w"], deviation: Float[Tensor, "n 1 1 1
 
 
 def draw_scenes(count: int, size: int, generator: torch.Generator) -> Scenes:
-    """Draws a batch of scenes on the generator's device.
+    """Draw a batch of scenes on the generator's device.
 
-    Each of `OBJECTS` is in about six of ten scenes, in an order of depth that the whole batch shares.
+    Each of `OBJECTS` is in about six of ten scenes. The whole batch shares one depth order.
 
     Args:
-        size: side in pixels.
+        size: side of the images in pixels.
 
     Example:
         >>> scenes = draw_scenes(2, 64, torch.Generator().manual_seed(0))
@@ -202,5 +202,5 @@ def draw_scenes(count: int, size: int, generator: torch.Generator) -> Scenes:
 
 
 def held_out(count: int, size: int, seed: int = 0) -> Scenes:
-    """Scenes that no training step draws: its seeds are below 2^62."""
+    """Draw scenes that no training step draws: training seeds are below 2^62."""
     return draw_scenes(count, size, torch.Generator().manual_seed(2**62 + seed))

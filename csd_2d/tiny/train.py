@@ -1,13 +1,13 @@
-r"""The recipe of the tiny InstructPix2Pix: tokenizer, autoencoder, then text encoder and U-Net together.
+r"""Train the tiny InstructPix2Pix: the tokenizer, the autoencoder, then the text encoder and the U-Net together.
 
-    python -m csd_2d.tiny.train runs/tiny                  # on a CPU: hours; Ctrl-C, and the same command goes on
+    python -m csd_2d.tiny.train runs/tiny                  # hours on a CPU; after Ctrl-C, the same command resumes
     python -m csd_2d.tiny.train runs/tiny --device cuda --vae-steps 20000 --steps 200000 --batch 256
 
-Everything it learns from is drawn on the fly. OUT receives a sample sheet and a loss curve as it goes (`vae_*.png`,
-`unet_*.png`), checkpoints, and at the end `model`, a diffusers folder.
+All training data is generated on the fly. During training, OUT receives checkpoints, sample sheets and loss curves
+(`vae_*.png`, `unet_*.png`). At the end it receives `model`, a diffusers folder.
 """
 
-# diffusers' and transformers' annotations are narrower than what their objects take and give:
+# diffusers' and transformers' annotations are narrower than what their objects accept and return:
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportPrivateImportUsage=false
 
@@ -45,27 +45,28 @@ from csd_2d.tiny.instructions import WORDINGS, draw_edits
 from csd_2d.tiny.scenes import OBJECTS, draw_scenes, held_out
 
 TOKENS = 32
-"""Length of an encoded prompt, start and end marks included."""
+"""Length of an encoded prompt, including start and end tokens."""
 VOCABULARY = 900
 LATENT_CHANNELS = 4
 CELL = 2
-"""Pixels per latent cell. Photographs of 64 px are 30 dB from the best linear map of 2x2 pixels to 4 channels, and 25
-dB from that of 4x4 pixels: too much would be lost before anything is edited."""
+"""Side of a latent cell in pixels. The best linear map to 4 channels reconstructs photographs of 64 px with 30 dB from
+cells of 2x2 pixels, but with 25 dB from 4x4 pixels: too much would be lost before the edit."""
 
 OBJECT_WEIGHT = 6.0
-"""How much a latent cell of an object counts in the loss; one of the rest counts 1."""
+"""Loss weight of the latent cells that objects cover; the weight of all others is 1."""
 PROBE_WEIGHT = 1.0
-"""Weight of the loss of `ObjectProbe`."""
+"""Loss weight of `ObjectProbe`."""
 
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """The recipe's settings. How the model that ships was trained, and where that differed, its README says."""
+    """Settings of the recipe. The README of the shipped model lists where its training differed from the defaults."""
 
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder for checkpoints, pictures and the model."""
+    """Folder for checkpoints, images and the model."""
     start: Path | None = None
-    """Folder of a finished model to go on from: its tokenizer and autoencoder stay, text encoder and U-Net learn on."""
+    """Folder of a finished model to start from. Its tokenizer and autoencoder are kept; its text encoder and U-Net are
+    trained further."""
     size: int = 64
     """Side of the training images in pixels; the model's window."""
     vae_steps: int = 3000
@@ -73,22 +74,23 @@ class RecipeConfig:
     vae_batch: int = 8
     vae_lr: float = 2e-3
     steps: int = 12000
-    """Optimizer steps of the U-Net and the text encoder. May be changed on resuming: it says when the learning rate
-    begins to fall, which it does over the last fifth."""
+    """Optimizer steps of the U-Net and the text encoder. It may be changed when resuming; the learning rate decays
+    over the last fifth."""
     batch: int = 16
     lr: float = 1e-3
     ema: float = 0.999
-    """Decay of the weights' running mean, which is what is kept."""
+    """Decay of the exponential moving average of the weights. The average is what is saved."""
     object_share: float = 2.5
-    """How often instructions about one object are taught; with 1, each about as often as any other."""
+    """Sampling weight of the instructions that name an object; at 1, each is about as frequent as any other."""
     high_noise: float = 0.5
-    """Share of examples whose timestep is in the uppermost quarter; the others' are anywhere."""
+    """Share of examples whose timestep is drawn from the top quarter; the others are drawn from all timesteps."""
     drop: float = 0.05
-    """Share of examples without text, without image, and without both: each this much (Brooks et al. 2023, 3.2.1)."""
+    """Share of examples without text; the same share has no image, and the same share neither (Brooks et al. 2023,
+    3.2.1)."""
     unet_channels: tuple[int, ...] = (32, 64, 128)
     device: str = "cpu"
     save_every: int = 500
-    """Steps from one checkpoint to the next."""
+    """Steps between checkpoints."""
     seed: int = 0
 
 
@@ -96,9 +98,9 @@ class RecipeConfig:
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's kind of tokenizer with merges learned from the instructions; what it never met it spells byte by byte.
+    """Train a CLIP tokenizer with merges learned from the instructions; it spells unknown words byte by byte.
 
-    It is read from `folder` where it has been made before: learning the merges twice does not number them alike.
+    A tokenizer that already exists in `folder` is loaded instead, because retraining may number the merges differently.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -114,11 +116,11 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_vae(size: int) -> AutoencoderKL:
-    """4 latent channels at half the resolution, a linear map to begin with.
+    """Build the autoencoder: 4 latent channels at half the resolution, initialized to a linear map.
 
-    It starts where it could do no worse than averaging 2x2 pixels: GroupNorm takes from each image what brightness,
-    contrast and color it had, and a network that must first find ways around that learns slowly. (After 300 steps of
-    8 images: 31.7 dB from the linear start, 21.1 dB from the random one.)
+    The initial map averages 2x2 pixels. GroupNorm removes the brightness, contrast and color of each image, and a
+    network that first has to find a way around that learns slowly. (After 300 steps of 8 images: 31.7 dB from the
+    linear initialization, 21.1 dB from a random one.)
     """
     vae = AutoencoderKL(
         sample_size=size,
@@ -130,16 +132,17 @@ def make_vae(size: int) -> AutoencoderKL:
         latent_channels=LATENT_CHANNELS,
         mid_block_add_attention=False,
     )
-    _start_linear(vae)
+    _init_linear(vae)
     return vae
 
 
 @torch.no_grad()
-def _start_linear(vae: AutoencoderKL) -> None:
-    """Makes encoder and decoder average and repeat pixels, through all their layers.
+def _init_linear(vae: AutoencoderKL) -> None:
+    """Initialize the encoder to average pixels and the decoder to repeat them, through all layers.
 
-    Channels 0-2 carry the colors and 3-5 their opposites, for silu(x) - silu(-x) = x; channels 6 and 7 carry large
-    opposite constants, so that GroupNorm divides all images by the same number. Residual branches start at zero.
+    Channels 0-2 carry the colors and 3-5 their negatives, because silu(x) - silu(-x) = x. Channels 6 and 7 carry large
+    constants of opposite sign, so that GroupNorm divides all images by the same number. Residual branches start at
+    zero.
     """
     constant = 8.0
     for block in vae.modules():
@@ -147,9 +150,9 @@ def _start_linear(vae: AutoencoderKL) -> None:
             nn.init.zeros_(block.conv2.weight)
             nn.init.zeros_(block.conv2.bias)
             if block.conv_shortcut is not None:
-                _pass_on(block.conv_shortcut)
+                _init_identity(block.conv_shortcut)
         elif isinstance(block, Downsample2D | Upsample2D):
-            _pass_on(block.conv)
+            _init_identity(block.conv)
     for half in (vae.encoder, vae.decoder):
         first, last, scale = half.conv_in, half.conv_out, half.conv_norm_out.weight
         first.weight[:8], first.bias[:8] = 0, 0
@@ -163,11 +166,11 @@ def _start_linear(vae: AutoencoderKL) -> None:
         nn.init.zeros_(conv.weight)
         nn.init.zeros_(conv.bias)
         conv.weight[range(LATENT_CHANNELS), range(LATENT_CHANNELS)] = 1
-    vae.quant_conv.bias[LATENT_CHANNELS:] = -6  # log variance: a posterior that is nearly sure
+    vae.quant_conv.bias[LATENT_CHANNELS:] = -6  # log variance: a nearly deterministic posterior
 
 
-def _pass_on(conv: nn.Conv2d) -> None:
-    """Channels 0-7 as they are; where the stride is 2, their mean over 2x2 pixels."""
+def _init_identity(conv: nn.Conv2d) -> None:
+    """Initialize a convolution to pass channels 0-7 through; at stride 2, to average them over 2x2 pixels."""
     conv.weight[:8], conv.bias[:8] = 0, 0
     center = conv.kernel_size[0] // 2
     for channel in range(8):
@@ -194,10 +197,10 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_unet(size: int, channels: tuple[int, ...]) -> UNet2DConditionModel:
-    """Text steers every layer through the time embedding, and by attention at the coarsest level.
+    """Build the U-Net; text conditions every layer through the time embedding, and the coarsest level by attention.
 
-    Attention at finer levels would cost more than all the rest; without the time embedding the first thousands of steps
-    go by before the text is heard at all.
+    Attention at finer levels would cost more than all other layers together. Without text in the time embedding, the
+    U-Net ignores the text for the first few thousand steps.
     """
     plain = len(channels) - 1
     return UNet2DConditionModel(
@@ -213,15 +216,16 @@ def make_unet(size: int, channels: tuple[int, ...]) -> UNet2DConditionModel:
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
         resnet_time_scale_shift="scale_shift",
-        attention_head_dim=tuple(width // 32 for width in channels),  # heads, in spite of the name
+        attention_head_dim=tuple(width // 32 for width in channels),  # number of heads, despite the name
     )
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, stretched to end in noise alone, where v prediction is well posed, too.
+    """Build Stable Diffusion's noise schedule, rescaled to zero terminal SNR, where v prediction is still well posed.
 
-    Unstretched, 7 % of an image are left, and what samples begin with, noise whose mean is none, says "middling gray":
-    of a season's four answers the bright two were always taken (Lin et al. 2024, arXiv 2305.08891).
+    Without rescaling, 7% of the image remains at the last timestep, and the model learns to read the brightness of the
+    image from it. Sampling starts from noise with zero mean, which then reads as medium gray: samples of "change
+    the season" favored the two bright ones of its four answers (Lin et al. 2024, arXiv 2305.08891).
     """
     return DDIMScheduler(
         beta_start=0.00085,
@@ -254,15 +258,16 @@ def make_pipeline(
 
 
 def _seed(config: RecipeConfig, stage: int, step: int) -> int:
-    """Each step has a seed of its own, so that a resumed run draws what it would have drawn."""
+    """Compute the seed of one step, so that a resumed run draws the same examples as an uninterrupted one."""
     return (config.seed * 2 + stage) * 2**40 + step
 
 
 @dataclass(frozen=True)
 class Pairs(Dataset):
-    """Step -> sources, targets, wordings and where objects are (n, 3, h, w); the same step gives the same examples.
+    """Dataset of step -> (sources, targets, wordings, object masks (n, 3, h, w)).
 
-    With `vae` images come as unscaled latents, made where the loader's process runs: beside the training step.
+    The same step always gives the same examples. With `vae`, images are returned as unscaled latents. The loader's
+    process encodes them, in parallel with the training step.
     """
 
     config: RecipeConfig
@@ -283,7 +288,8 @@ class Pairs(Dataset):
 
 
 def _loader(pairs: Pairs, steps: Iterable[int]) -> DataLoader:
-    # On a CPU one process draws examples while the other learns; a GPU draws them faster than they could be sent.
+    # On a CPU, a worker process draws examples during the training step. A GPU draws them faster than a worker could
+    # send them.
     workers = 1 if pairs.config.device == "cpu" else 0
     return DataLoader(pairs, batch_size=None, sampler=list(steps), num_workers=workers)
 
@@ -292,7 +298,7 @@ def _loader(pairs: Pairs, steps: Iterable[int]) -> DataLoader:
 
 
 class _Run:
-    """Networks under training with all that a resumed run needs, and its curve."""
+    """Networks in training, with their loss curve and all state that a resumed run needs."""
 
     def __init__(self, folder: Path, name: str, networks: dict[str, nn.Module], lr: float, ema: float, steps: int):
         self.folder, self.name, self.networks, self.steps = folder, name, networks, steps
@@ -316,7 +322,7 @@ class _Run:
         self.ema.to(self.parameters[0].device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses = state["losses"]
-        print(f"{self.name}: goes on after step {len(self.losses)}")
+        print(f"{self.name}: resuming after step {len(self.losses)}")
 
     def save(self) -> None:
         state = {
@@ -332,7 +338,10 @@ class _Run:
         return range(len(self.losses), self.steps)
 
     def update(self, loss: Tensor) -> None:
-        """One optimizer step: warm-up over 200 steps, then constant, then linearly down over the last fifth."""
+        """Take one optimizer step.
+
+        The learning rate warms up over 200 steps, stays constant, then decays linearly over the last fifth of the run.
+        """
         step = len(self.losses)
         factor = min((step + 1) / 200, (self.steps - step) / (self.steps / 5), 1.0)
         for group in self.optimizer.param_groups:
@@ -366,15 +375,16 @@ def _plot(losses: list[float], label: str, path: Path) -> None:
 
 
 def sheet(rows: Iterable[Float[Tensor, "n 3 s s"]]) -> Float[Tensor, "3 H W"]:
-    """Batches of images as the rows of one picture, twice their size."""
+    """Arrange batches of images as the rows of one image, at twice their size."""
     picture = torch.cat([torch.cat(list(row.cpu()), 2) for row in rows], 1)
     return F.interpolate(picture[None], scale_factor=2)[0]
 
 
 def train_vae(config: RecipeConfig) -> AutoencoderKL:
-    """Learns the autoencoder on scenes and edited scenes: absolute plus squared error, and a touch of KL divergence.
+    """Train the autoencoder on scenes and edited scenes: absolute plus squared error, with a small KL term.
 
-    The returned one's scaling factor makes the latents' deviation 1.
+    The scaling factor of the returned autoencoder normalizes latents to standard deviation 1. With `config.start`, the
+    autoencoder is loaded instead.
     """
     if config.start is not None:
         return AutoencoderKL.from_pretrained(config.start / "vae").to(config.device).requires_grad_(False)
@@ -416,37 +426,39 @@ def _tokens(tokenizer: CLIPTokenizer, wordings: list[str]) -> Int[Tensor, "n tok
 def drop_conditions(
     wordings: list[str], condition: Float[Tensor, "n c h w"], share: float
 ) -> tuple[list[str], Float[Tensor, "n c h w"]]:
-    """Takes the text from some examples, the image from as many others and both from as many again."""
-    lot = torch.rand(len(wordings))
-    mute = (lot < share) | ((lot >= 2 * share) & (lot < 3 * share))
-    blind = (lot >= share) & (lot < 3 * share)
-    kept_text = ["" if silent else wording for wording, silent in zip(wordings, mute.tolist(), strict=True)]
-    return kept_text, condition.masked_fill(blind[:, None, None, None].to(condition.device), 0)
+    """Drop the text of a share of the examples, the image of another share of equal size, and both of a third one."""
+    draw = torch.rand(len(wordings))
+    drop_text = (draw < share) | ((draw >= 2 * share) & (draw < 3 * share))
+    drop_image = (draw >= share) & (draw < 3 * share)
+    kept_text = ["" if drop else wording for wording, drop in zip(wordings, drop_text.tolist(), strict=True)]
+    return kept_text, condition.masked_fill(drop_image[:, None, None, None].to(condition.device), 0)
 
 
 def draw_timesteps(count: int, num_timesteps: int, high_noise: float) -> Int[Tensor, " count"]:
-    """A share of them from the uppermost quarter, the others from all.
+    """Draw timesteps: a share `high_noise` of them from the top quarter, the others from the full range.
 
-    A picture has so many pixels that through less noise than that it shows by itself which answer it is: there the text
-    has nothing to teach.
+    At lower noise levels, the many pixels of the noisy target already reveal the answer, and the model learns nothing
+    from the text.
     """
     floor = torch.where(torch.rand(count) < high_noise, 0.75, 0.0)
     return (num_timesteps * (floor + (1 - floor) * torch.rand(count))).long()
 
 
 def _weights(masks: Float[Tensor, "n 3 h w"], latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """What an object's instruction teaches is which of the objects it means: a few cells of many.
+    """Compute the loss weights: `OBJECT_WEIGHT` where there is an object, 1 elsewhere.
 
-    All objects count `OBJECT_WEIGHT` times, whatever is asked: weights that knew the answer would shift it.
+    What an object instruction teaches is which object it names, and that shows in only a few of many cells. All objects
+    are weighted, whatever the instruction, because weights that depend on the answer would bias it.
     """
     return (1 + (OBJECT_WEIGHT - 1) * masks.sum(1, keepdim=True)).expand_as(latents)
 
 
 class ObjectProbe(nn.Module):
-    """Asks the U-Net's inner layers where ball, box and cone are, by linear maps that are thrown away afterwards.
+    """Linear probes that predict from the U-Net's inner features where ball, box and cone are.
 
-    Without it a U-Net of this size did not learn in 14,000 steps which object an instruction names: that takes the noun
-    and the shape, and neither is of use before the other is known. Shapes can be learned by themselves.
+    They are discarded after training. Without them, a U-Net of this size did not learn in 14,000 steps which object an
+    instruction names. That requires both the noun and the shape, and neither is useful before the other is known. The
+    probes teach the shapes without the nouns.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
@@ -458,17 +470,17 @@ class ObjectProbe(nn.Module):
         self.reads = nn.ModuleList(nn.Conv2d(width, len(OBJECTS), 1) for _ in range(2))
 
     def loss(self, masks: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
-        """Binary cross entropy of what the U-Net's last call held."""
+        """Compute the binary cross-entropy of the probes on the features of the U-Net's last forward pass."""
         losses = []
         for number, read in enumerate(self.reads):
             features = self._features.pop(number)
-            seen = F.adaptive_avg_pool2d(masks, features.shape[-2:])
-            losses.append(F.binary_cross_entropy_with_logits(read(features).float(), seen))
+            target = F.adaptive_avg_pool2d(masks, features.shape[-2:])
+            losses.append(F.binary_cross_entropy_with_logits(read(features).float(), target))
         return torch.stack(losses).sum()
 
 
 def train_unet(config: RecipeConfig, vae: AutoencoderKL) -> StableDiffusionInstructPix2PixPipeline:
-    """Learns the U-Net and the text encoder: v prediction, mean squared error."""
+    """Train the U-Net and the text encoder: v prediction, mean squared error."""
     torch.manual_seed(config.seed + 1)
     if config.start is None:
         tokenizer = make_tokenizer(config.output / "tokenizer")
@@ -497,15 +509,15 @@ def train_unet(config: RecipeConfig, vae: AutoencoderKL) -> StableDiffusionInstr
     progress = tqdm(run.steps_left(), desc="U-Net", unit="step", smoothing=0.02)
     pairs = Pairs(config, config.batch, stage=1, vae=vae)
     autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.device != "cpu")
-    for step, (sources, targets, said, masks) in zip(progress, _loader(pairs, run.steps_left()), strict=True):
+    for step, (sources, targets, prompts, masks) in zip(progress, _loader(pairs, run.steps_left()), strict=True):
         torch.manual_seed(_seed(config, 1, step))
-        said, condition = drop_conditions(said, sources, config.drop)
+        prompts, condition = drop_conditions(prompts, sources, config.drop)
         x_0 = targets * vae.config["scaling_factor"]
         noise = torch.randn_like(x_0)
         timesteps = draw_timesteps(len(x_0), len(scheduler), config.high_noise).to(x_0.device)
         x_t = scheduler.add_noise(x_0, noise, timesteps)
         with autocast:
-            text = text_encoder(_tokens(tokenizer, said).to(config.device))[0]
+            text = text_encoder(_tokens(tokenizer, prompts).to(config.device))[0]
             estimate = unet(torch.cat([x_t, condition], 1), timesteps, encoder_hidden_states=text).sample
         loss = F.mse_loss(estimate.float(), scheduler.get_velocity(x_0, noise, timesteps), weight=_weights(masks, x_0))
         run.update(loss + PROBE_WEIGHT * probe.loss(masks))
@@ -526,7 +538,7 @@ def edit_with_diffusers(
     num_inference_steps: int = 20,
     seed: int = 0,
 ) -> Float[Tensor, "n 3 s s"]:
-    """diffusers' own pipeline on a batch: what the model does before any of our loop."""
+    """Edit a batch with diffusers' own pipeline, which measures the model alone, without this package's algorithm."""
     pipeline.set_progress_bar_config(disable=True)
     output = pipeline(
         prompts,
@@ -541,13 +553,13 @@ def edit_with_diffusers(
 
 
 def run_recipe(config: RecipeConfig) -> Path:
-    """Trains what is not trained yet; returns the folder of the finished model."""
-    if find_spec("matplotlib") is None:  # missed at the first checkpoint, minutes of training would be lost
+    """Train whatever is not trained yet, and return the folder of the finished model."""
+    if find_spec("matplotlib") is None:  # failing at the first checkpoint would lose minutes of training
         raise ImportError('the recipe draws its loss curves with matplotlib: pip install "csd-edit[recipe]".')
     config.output.mkdir(parents=True, exist_ok=True)
     pipeline = train_unet(config, train_vae(config))
-    # Half precision on disk: it rounds weights by at most 0.05 %, and halves the size. Not so the text encoder, which
-    # transformers, unlike diffusers, would load in half precision too.
+    # Save in half precision, which rounds weights by at most 0.05% and halves the size. The text encoder stays in full
+    # precision because transformers, unlike diffusers, would also load it in half precision.
     for network in (pipeline.vae, pipeline.unet):
         for parameter in network.parameters():
             parameter.data = parameter.data.cpu().half()
@@ -555,7 +567,7 @@ def run_recipe(config: RecipeConfig) -> Path:
     folder = config.output / "model"
     with replacing(folder) as temporary:
         pipeline.save_pretrained(temporary, safe_serialization=True)
-        # Both libraries note in what they loaded where that came from.
+        # Both libraries store the path a part was loaded from in its files; keep local paths out of the model.
         shutil.copytree(config.output / "tokenizer", temporary / "tokenizer", dirs_exist_ok=True)
         for path in temporary.glob("*/config.json"):
             settings = json.loads(path.read_text())
