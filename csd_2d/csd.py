@@ -4,7 +4,7 @@ Source: Kim et al., "Collaborative Score Distillation for Consistent Visual Synt
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -122,19 +122,42 @@ def surrogate_loss(
 
 @dataclass(frozen=True)
 class NoisedParticles:
-    """The particles of one step and their sources, under the same noise at one timestep."""
+    """The particles of one step and their sources, under the same noise at one timestep.
 
+    Noised latents and sources are computed on demand, so that a step of many particles need not hold them.
+    """
+
+    particles: Particles
     indices: list[int]
-    """Which particles they are."""
+    """Which of the particles take part."""
     timestep: int
     alpha: float
     sigma: float
-    """x_t = alpha x_0 + sigma noise."""
     noise: Float[Tensor, "n c h w"]
     x_0: Float[Tensor, "n c h w"]
-    x_t: Float[Tensor, "n c h w"]
-    source: Float[Tensor, "n c h w"]
-    source_t: Float[Tensor, "n c h w"]
+    """Latents before the step, detached."""
+
+    @property
+    def x_t(self) -> Float[Tensor, "n c h w"]:
+        return add_noise(self.x_0, self.noise, self.alpha, self.sigma)
+
+    @property
+    def source(self) -> Float[Tensor, "n c h w"]:
+        """Latents before any edit."""
+        return self.particles.source(self.indices)
+
+    @property
+    def source_t(self) -> Float[Tensor, "n c h w"]:
+        return add_noise(self.source, self.noise, self.alpha, self.sigma)
+
+    def split(self, size: int) -> list["NoisedParticles"]:
+        """Split into parts of at most `size` particles."""
+        parts = zip(self.noise.split(size), self.x_0.split(size), strict=True)
+        starts = range(0, len(self.indices), size)
+        return [
+            replace(self, indices=self.indices[start : start + size], noise=noise, x_0=x_0)
+            for start, (noise, x_0) in zip(starts, parts, strict=True)
+        ]
 
 
 class Mixing(Protocol):
@@ -215,11 +238,10 @@ def csd_step(
     timestep = int(torch.randint(lowest, highest + 1, (), generator=generator))
     alpha, sigma = prior.alpha_sigma(timestep)
 
-    rendered, source = particles.render(indices), particles.source(indices)
+    rendered = particles.render(indices)
     x_0 = rendered.detach()
     noise = draw_noise(indices, x_0, generator)
-    x_t, source_t = (add_noise(latents, noise, alpha, sigma) for latents in (x_0, source))
-    noised = NoisedParticles(indices, timestep, alpha, sigma, noise, x_0, x_t, source, source_t)
+    noised = NoisedParticles(particles, indices, timestep, alpha, sigma, noise, x_0)
 
     score = -residual(noised)
     direction, kernel = mix(score, noised)

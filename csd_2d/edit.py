@@ -88,6 +88,14 @@ class Edit(EditLoss):
         self._scheduler.load_state_dict(state["scheduler"])
 
 
+def _take_step(run: Edit, state: ProgressFile | None, on_step: Callable[[Step], object] | None) -> bool:
+    """Take one step and report it; returns whether the edit should end. The step is not kept: it may be large."""
+    step = run.step()
+    if state is not None:
+        state.step_done()
+    return on_step is not None and any(ranks.gather_numbers(bool(on_step(step))))
+
+
 def edit(
     particles: Particles,
     prior: Prior,
@@ -120,12 +128,9 @@ def edit(
     state = None if resume is None else ProgressFile(Path(resume), run)
     silent = progress is None or ranks.rank() > 0
     with tqdm(desc=progress, disable=silent, unit="step", initial=run.index, total=run.config.steps) as bar:
-        while not run.done:
-            step = run.step()
+        interrupted = False
+        while not (run.done or interrupted):
+            interrupted = _take_step(run, state, on_step)
             bar.update()
-            if state is not None:
-                state.step_done()
-            if on_step is not None and any(ranks.gather_numbers(bool(on_step(step)))):
-                break
     if state is not None:
         state.save()

@@ -111,22 +111,21 @@ class EditLoss:
 
     def _residual(self, noised: NoisedParticles) -> Float[Tensor, "n c h w"]:
         """Compute `edit_residual`, for as many particles at a time as the prior may get."""
-        shares = None if self.layout.shares is None else self.layout.shares(noised.indices)
-        size = self._phases.rows_at_once
+        shares = self.layout.shares
         parts = [
             edit_residual(
                 self.prior,
-                noised.x_t[rows],
-                noised.source_t[rows],
-                noised.noise[rows],
-                self.prior.condition(noised.source[rows]),
-                timestep=noised.timestep,
+                part.x_t,
+                part.source_t,
+                part.noise,
+                self.prior.condition(part.source),
+                timestep=part.timestep,
                 text=self._text,
                 **self.guidance,
                 baseline=self.config.baseline,
-                shares=None if shares is None else shares[rows],
+                shares=None if shares is None else shares(part.indices),
             )
-            for rows in (slice(start, start + size) for start in range(0, len(noised.indices), size))
+            for part in noised.split(self._phases.rows_at_once)
         ]
         return torch.cat(parts)
 

@@ -1,5 +1,6 @@
 """Mode *distill*: CSD-Edit's direction goes through the encoder and the renderer straight into the scene."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -71,7 +72,7 @@ def cost_of_distilling(edit: EditConfig, views: int) -> str:
         >>> cost_of_distilling(EditConfig(steps=1000), 50)
         'Distilling: 1,000 steps, up to 217,000 U-Net evaluations in all; --max-num-iterations lowers both.'
     """
-    consensus = round(edit.consensus_fraction * edit.steps)
+    consensus = math.ceil(edit.consensus_fraction * edit.steps)
     batch = default_batch(views) if edit.batch is None else edit.batch or views
     rendered = consensus * views + (edit.steps - consensus) * min(batch, views)
     return (

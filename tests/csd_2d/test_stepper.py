@@ -1,6 +1,8 @@
 """An edit taken step by step: what a step shows, prompts that change, kernels and mixings of one's own, its state."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from csd_2d import (
     svgd_direction,
 )
 from csd_2d.edit import edit
+from csd_2d.io.images import write_image
 from csd_2d.loss import EditLoss
 from csd_2d.priors.analytic import AnalyticPrior
 from tests.csd_2d.test_canvas import smooth
@@ -171,3 +174,13 @@ def test_what_a_task_does_not_know_it_need_not_say():
         for seed in range(8)
     ]
     assert {*drawn} == {1, 2}
+
+
+def test_the_readme_edits_step_by_step(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "edit.step()" in block]
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a.png", "b.png")):
+        write_image(smooth(16, 16, seed), tmp_path / name)
+    exec(code, {})
+    assert {path.name for path in tmp_path.glob("step_*.png")} == {f"step_{count}.png" for count in range(10, 61, 10)}
