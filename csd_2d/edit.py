@@ -71,7 +71,10 @@ class Edit(EditLoss):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything the following steps depend on. Parameters are those of the edit, not copies."""
+        """Return everything the following steps depend on, as torch does: by reference.
+
+        To come back to a state that is not written to a file, keep a `copy.deepcopy` of it.
+        """
         return super().state_dict() | {
             "parameters": [parameter.detach() for parameter in self.particles.parameters()],
             "lr": self._optimizer.param_groups[0]["lr"],  # SGD keeps nothing else
@@ -80,7 +83,7 @@ class Edit(EditLoss):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to the step at which `state_dict` was called."""
+        """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         for parameter, values in zip(self.particles.parameters(), state["parameters"], strict=True):
             parameter.copy_(values)

@@ -52,7 +52,8 @@ class ImageStack:
         self._images, self._masks = images, masks
         flows = None
         if follow:
-            flows = FrameFlows([pad(image[None], *self._size)[0] for image in images], prior.cell, prior.device)
+            frames = [pad(image[None], *self._size)[0] for image in images]
+            flows = FrameFlows(frames, prior.cell, prior.device, ranks.shared_map)
         self.particles = LatentStack(
             self._encoded(prior.encode, images),
             start=None if start is None else self._encoded(prior.encode, start),
@@ -99,6 +100,6 @@ def edit_images(
     Raises:
         ValueError, ImportError: as `ImageStack` and `edit` raise.
     """
-    together = ImageStack(images, prior, **stack)
-    edit(together.particles, prior, prompt, config, on_step, progress, resume, layout=together.layout)
-    return together.decode()
+    edited = ImageStack(images, prior, **stack)
+    edit(edited.particles, prior, prompt, config, on_step, progress, resume, layout=edited.layout)
+    return edited.decode()

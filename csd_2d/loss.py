@@ -38,8 +38,9 @@ class EditLoss:
         prompt: the instruction, e.g. "make it night", or several; see `Prompt`.
         config: default `EditConfig()`.
         layout: how the particles belong together. Default: each is an image of its own.
-        kernel: compares particles. Default: RBF, with the bandwidths of `config`.
-        mixing: mixes scores, in place of SVGD with that kernel.
+        kernel: compares particles, in both phases, in place of RBF kernels with the bandwidths of `config`.
+        mixing: mixes scores, in both phases, in place of SVGD; `config`'s svgd, kernel_input, normalize_rows, transport
+            and bandwidths then have no effect.
 
     Raises:
         ValueError: if a prompt is empty or unknown to the prior, or `config` and `layout` do not fit together.
@@ -56,9 +57,9 @@ class EditLoss:
         kernel: Kernel | None = None,
         mixing: Mixing | None = None,
     ) -> None:
-        if kernel is not None and mixing is not None:
-            raise ValueError("give a kernel or a mixing, not both: a mixing brings its own kernel.")
         self.particles, self.prior, self.config = particles, ranks.share_rows(prior), config or EditConfig()
+        if kernel is not None and (mixing is not None or not self.config.svgd):
+            raise ValueError("a kernel has no effect with a mixing, or with svgd off; leave one of them out.")
         self._prior_name = type(prior).__name__
         self.layout = layout or Layout()
         self.guidance = {
@@ -80,13 +81,15 @@ class EditLoss:
     @property
     def prompt(self) -> list[str]:
         """The instructions of the next step. May be set between steps, to as many as there were."""
-        return self.prompts[-1][1]
+        return list(self.prompts[-1][1])
 
     @prompt.setter
     def prompt(self, prompt: Prompt) -> None:
         prompts = check_prompt(prompt)
         if self.prompts and len(prompts) != len(self.prompt):
             raise ValueError(f"the number of prompts must stay {len(self.prompt)}, got {len(prompts)}.")
+        if len(prompts) > 1 and self.layout.shares is None:
+            raise ValueError(f"{len(prompts)} prompts need a layout with the share of each in every particle.")
         self._text = self.prior.encode_text(prompts)
         if self.prompts and self.prompts[-1][0] == self.index:
             self.prompts.pop()
@@ -125,7 +128,7 @@ class EditLoss:
                 baseline=self.config.baseline,
                 shares=None if shares is None else shares(part.indices),
             )
-            for part in noised.split(self._phases.rows_at_once)
+            for part in noised.split(self._phases.rows_at_once * ranks.size())
         ]
         return torch.cat(parts)
 
@@ -150,7 +153,7 @@ class EditLoss:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to the step at which `state_dict` was called."""
+        """Restore what `state_dict` returned."""
         self.index = state["index"]
         self.prompts = [(index, list(prompts)) for index, prompts in state["prompts"]]
         self._text = self.prior.encode_text(self.prompt)

@@ -20,7 +20,10 @@ class Particles(Protocol):
     def __len__(self) -> int: ...
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        """Render latents x_0 of some particles, fp32, differentiable with respect to `parameters()`."""
+        """Render latents x_0 of some particles, fp32, differentiable with respect to `parameters()`.
+
+        They must be a new tensor, not a parameter itself: the record of a step keeps them while parameters change.
+        """
         ...
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:

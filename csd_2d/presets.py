@@ -34,6 +34,8 @@ def load_preset(name: str, defaults: EditConfig | None = None) -> EditConfig:
     settings.pop("scene", None)
     for old, new in RENAMED.items():
         if old in settings:
+            if new in settings:
+                raise ValueError(f"preset {name} cannot be used: it sets both {old} and {new}, which are the same.")
             warnings.warn(f"preset {name}: {old} is now called {new}.", stacklevel=2)
             settings[new] = settings.pop(old)
     try:

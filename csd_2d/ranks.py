@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 -m csd_2d.cli panorama river.jpg night.png --prompt "make it night"
 
 Each process has the whole model and all latents; rows of noise estimates and images to encode or decode are shared out.
-All draw the same timesteps, batches and noise, and take the same steps. What is exchanged (noise estimates, latents of
-images) is little beside the U-Net's work, so that it goes through main memory, by gloo, whatever the devices are.
-Without `joined` there is one process.
+All draw the same timesteps, batches and noise, and take the same steps; their devices must be of one kind. The data
+they exchange (noise estimates, latents of images) are small beside the U-Net's work, so that they go through main
+memory, by gloo, whatever the devices are. Without `joined` there is one process.
 """
 
 import importlib
@@ -137,6 +137,8 @@ class _SharedRows:
         self._prior = prior
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_prior":  # of a copy that is not filled yet
+            raise AttributeError(name)
         return getattr(self._prior, name)
 
     def noise_estimate(

@@ -64,7 +64,7 @@ def edit_video(
     if config is not None and config.transport != "off":
         keyed = {*keys}
         frames = [pad(frame[None], *size)[0] for index, frame in enumerate(clip.frames) if index in keyed]
-        flows = FrameFlows(frames, prior.cell, prior.device)
+        flows = FrameFlows(frames, prior.cell, prior.device, ranks.shared_map)
     stack = _encoded(clip.frames, masks, keys, prior, size, progress, scratch)
     layout = Layout(correspondence=None if flows is None else flows.correspondence)
     edit(stack, prior, prompt, config, on_step, progress, resume, layout=layout)

@@ -197,7 +197,7 @@ class CsdEditPipeline(VanillaPipeline):
         """
         config, self._run = self.config, run
         views = self._views = training_views(self)
-        with run.lock:  # a viewer renders in a thread of its own, and changes the model's mode for it
+        with run.lock, views.sharing(run.lock):
             source = self._source(views)
         masks = self._masks(views)
         # Runs with different --machine.seed draw different noise, too.
@@ -257,7 +257,8 @@ class CsdEditPipeline(VanillaPipeline):
     def _prior(self) -> Prior:
         config = self.config
         # A model is built from random weights; drawing them must not shift the rays of the training.
-        with torch.random.fork_rng():
+        device = torch.device(self.device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return load_prior(
                 config.prior,
                 self.device,

@@ -143,6 +143,10 @@ def _refuse_others(found: SceneKind | None, expected: SceneKind, what: str) -> N
 
 def dataparser_of(values: PlainObject) -> DataParserConfig:
     """Rebuild the config of a data parser that nerfstudio knows. ValueError if it knows none of that class."""
+    if values.name.startswith(("csd_2d.", "csd_nerf.")):
+        raise ValueError(
+            "the run was written by another version of csd-edit; begin anew, with its scene as --load-run."
+        )
     kinds = [type(config) for config in all_dataparsers.values() if values.is_of(type(config))]
     if not kinds:
         raise ValueError(f"the run's config holds a {values.name}, which is not installed.")

@@ -1,6 +1,6 @@
 """Optical flow between images, warping and visibility; the correspondence of a video's frames."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from csd_2d.correspondence import Correspondence
 
+Pair = tuple[int, int]
+"""Numbers of two frames."""
 SMALLEST = 128
 """Shortest side, in pixels, that flow is estimated at: what RAFT needs, and patches of 8 px (DIS) can move in."""
 
@@ -149,7 +151,7 @@ def visible(forward: Float[Tensor, "*n 2 H W"], backward: Float[Tensor, "*n 2 H 
 
 
 class FrameFlows:
-    """Correspondence of a video's frames by optical flow, estimated when a pair is first needed, and kept.
+    """Correspondence of a video's frames by optical flow, estimated when frames first meet in a step, and kept.
 
     Frames further apart than `REACH` count as showing nothing in common. Flow of the others is kept at latent
     resolution, 12 bytes a cell for each ordered pair.
@@ -158,13 +160,20 @@ class FrameFlows:
         frames: the unedited frames, of one size in whole cells, RGB in [0, 1].
         cell: pixels per latent cell along one side.
         device: where flow is estimated; it is kept on the CPU.
+        map_pairs: applies the estimate to pairs of frames, in order; several processes may share them out.
     """
 
     REACH = 12
 
-    def __init__(self, frames: Sequence[Float[Tensor, "3 H W"]], cell: int, device: str | torch.device = "cpu") -> None:
-        self._frames, self._cell, self._device = frames, cell, device
-        self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    def __init__(
+        self,
+        frames: Sequence[Float[Tensor, "3 H W"]],
+        cell: int,
+        device: str | torch.device = "cpu",
+        map_pairs: Callable[[Callable[[Pair], Tensor], Sequence[Pair]], Iterable[Tensor]] = map,
+    ) -> None:
+        self._frames, self._cell, self._device, self._map = frames, cell, device, map_pairs
+        self._known: dict[Pair, Float[Tensor, "3 h w"]] = {}
 
     def flow(self, a: int, b: int) -> Float[Tensor, "2 H W"]:
         """Estimate the flow from frame a to frame b, in pixels."""
@@ -172,18 +181,25 @@ class FrameFlows:
 
     def between(self, a: int, b: int) -> tuple[Float[Tensor, "2 h w"], Float[Tensor, "1 h w"]]:
         """Look up the flow from frame a to frame b in latent cells, and the share of each cell of a visible in b."""
-        if (a, b) not in self._known:
-            forward, backward = self.flow(a, b), self.flow(b, a)
-            self._known[a, b] = self._in_cells(forward, backward)
-            self._known[b, a] = self._in_cells(backward, forward)
-        return self._known[a, b]
+        self._estimate([(a, b)])
+        return self._known[a, b][:2], self._known[a, b][2:]
 
-    def _in_cells(self, forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = F.avg_pool2d(torch.cat([forward, visible(forward, backward)]), self._cell).cpu()
-        return pooled[:2] / self._cell, pooled[2:]
+    def _estimate(self, pairs: Iterable[Pair]) -> None:
+        """Estimate the flow of pairs of frames, in both directions, unless it is known."""
+        missing = list(dict.fromkeys((min(pair), max(pair)) for pair in pairs if pair not in self._known))
+        for (a, b), both in zip(missing, self._map(self._both_ways, missing), strict=True):
+            self._known[a, b], self._known[b, a] = both.unbind()
+
+    def _both_ways(self, pair: Pair) -> Float[Tensor, "2 3 h w"]:
+        forward, backward = self.flow(*pair), self.flow(*reversed(pair))
+        flows = torch.stack([forward, backward])
+        seen = torch.stack([visible(forward, backward), visible(backward, forward)])
+        pooled = F.avg_pool2d(torch.cat([flows, seen], 1), self._cell).cpu()
+        return torch.cat([pooled[:, :2] / self._cell, pooled[:, 2:]], 1)
 
     def correspondence(self, indices: Sequence[int]) -> Correspondence:
         """Match some of the frames by the flow between them."""
+        self._estimate((a, b) for a in indices for b in indices if 0 < abs(a - b) <= self.REACH)
 
         def moved(values: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
             here = indices[receiver]

@@ -37,6 +37,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def _acquire(lock: threading.Lock) -> None:
+    """Acquire a lock in any case; Ctrl-C while waiting is raised afterwards, when the lock is held."""
+    interrupt = None
+    while True:
+        try:
+            lock.acquire()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
 @contextmanager
 def _in_turn(lock: threading.Lock) -> Iterator[None]:
     with lock:
@@ -101,8 +114,8 @@ class TrainingViews(ABC):
         try:
             yield
         finally:
-            lock.acquire()
             self._turn = nullcontext
+            _acquire(lock)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -34,7 +34,8 @@ class NerfactoViews(TrainingViews):
         return self._on_background(self._dataset[index]["image"])
 
     def _on_background(self, image: Float[Tensor, "H W c"]) -> Float[Tensor, "3 H W"]:
-        return self._model.renderer_rgb.blend_background(image).permute(2, 0, 1)
+        with self._turn():  # a viewer sets another background, in all models, while it renders a crop
+            return self._model.renderer_rgb.blend_background(image).permute(2, 0, 1)
 
     def _rays(self, index: int, coords: Float[Tensor, "*rays 2"] | None = None) -> RayBundle:
         """Generate rays of some pixels, all by default, from the pose the view was trained at."""

@@ -1,5 +1,6 @@
 """An edit taken step by step: what a step shows, prompts that change, kernels and mixings of one's own, its state."""
 
+import copy
 import io
 import re
 from pathlib import Path
@@ -150,8 +151,27 @@ def test_a_mixing_of_ones_own():
 
     step = stepper(mixing=first_leads).step()
     torch.testing.assert_close(step.direction, step.score[:1].expand_as(step.score))
-    with pytest.raises(ValueError, match="not both"):
-        stepper(mixing=SVGD(), kernel=RBFKernel())
+
+
+@pytest.mark.parametrize("options", [{"mixing": SVGD()}, {"config": EditConfig(svgd=False)}])
+def test_a_kernel_that_would_have_no_effect_is_refused(options):
+    with pytest.raises(ValueError, match="a kernel has no effect"):
+        stepper(kernel=RBFKernel(), **options)
+
+
+def test_several_prompts_need_to_know_where_they_apply():
+    with pytest.raises(ValueError, match="2 prompts need a layout"):
+        stepper([NIGHT, SEPIA])
+
+
+def test_a_copied_state_brings_an_edit_back_in_memory():
+    run = stepper()
+    run.step()
+    state, before = copy.deepcopy(run.state_dict()), latents(run)
+    for _ in range(3):
+        run.step()
+    run.load_state_dict(state)
+    assert run.index == 1 and torch.equal(latents(run), before)
 
 
 def test_a_loss_leaves_the_stepping_to_its_caller():

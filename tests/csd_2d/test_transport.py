@@ -138,6 +138,22 @@ def test_frames_follow_a_known_shift_in_latent_cells(cell):
     assert moved[0, 0, 21:23, 19:21].min() > 0.8
 
 
+def test_pairs_of_frames_are_estimated_once_and_may_be_shared_out():
+    asked = []
+
+    def map_pairs(function, pairs):
+        asked.append(list(pairs))
+        return map(function, pairs)
+
+    frames = moving_frames(4, 2)
+    shared, alone = FrameFlows(frames, 1, map_pairs=map_pairs), FrameFlows(frames, 1)
+    shared.correspondence([2, 0, 1])
+    shared.correspondence([0, 1, 3])
+    assert asked == [[(0, 2), (1, 2), (0, 1)], [(0, 3), (1, 3)]]
+    for pair in [(0, 2), (2, 0), (3, 1)]:
+        assert all(torch.equal(*parts) for parts in zip(shared.between(*pair), alone.between(*pair), strict=True))
+
+
 def test_distant_frames_are_not_compared():
     still = [torch.rand(3, 16, 16)] * (FrameFlows.REACH + 2)
     flows = FrameFlows(still, 1)
