@@ -33,7 +33,7 @@ class CanvasCrops:
     Crops form grids, each of which covers every cell. A step takes a whole grid, the next step another, slightly
     shifted one, so that no border of a crop stays in one place. Crops of a grid fade into each other: the weight of a
     crop in a cell falls off towards the crop's border, where the model has least context. The weights of a grid add up
-    to 1 in every cell, borders of the canvas included, so that all cells move alike.
+    to 1 in every cell, borders of the canvas included, so that every cell moves at the same rate.
 
     Args:
         source: latents of the whole unedited image.

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,9 +54,9 @@ class PriorOptions:
     offload: bool = False
     """Keep the networks of the model that are not in use in main memory."""
     local_files_only: bool = False
-    """Do not ask the hub, even for a model that is not here."""
+    """Use only models that are already on this machine; never contact the hub."""
     compile: bool = False
-    """Compile the model with torch.compile: faster, after first steps that take minutes."""
+    """Compile the model with torch.compile: faster steps, but the first ones take minutes."""
     attention: str | None = None
     """How FLUX computes attention: a backend of diffusers, e.g. flash or sage, which has to be installed."""
 
@@ -92,8 +93,8 @@ class RunOptions:
     each region."""
     model: Annotated[PriorOptions, tyro.conf.arg(name="")] = field(default_factory=PriorOptions)
     preset: str = "default"
-    """Source of the defaults below: a name in configs/, or a .yaml file. `paper` is the published algorithm, of a
-    panorama with --no-fade and a stride of a quarter of the window."""
+    """Source of the defaults below: a name in configs/, or a .yaml file. `paper` is the published algorithm; for a
+    panorama, add --no-fade and a --stride of a quarter of the window."""
     edit: Annotated[EditConfig, tyro.conf.arg(name="")] = field(default_factory=EditConfig)
     resume: bool = False
     """Continue the same command where it was interrupted. Its state lies beside OUT, in OUT.unfinished, and is removed
@@ -137,7 +138,7 @@ class Options(RunOptions):
 
 @dataclass
 class Panorama:
-    """Edit an image of any size, most of all a wide one, through overlapping crops that agree with each other.
+    """Edit an image of any size, typically a wide one, through overlapping crops that agree with each other.
 
     Example: csd panorama river.jpg night.png --prompt "make it night"
     """
@@ -156,8 +157,8 @@ class Panorama:
     wrap: bool = False
     """For 360 degree images: the left and the right border are neighbors."""
     stride: int | None = None
-    """Largest distance between crops in latent cells. Default: three quarters of the model's window; the paper takes a
-    quarter."""
+    """Largest distance between crops in latent cells (of 8 px in Stable Diffusion). Default: three quarters of the
+    model's window; the paper takes a quarter."""
     fade: bool = True
     """Crops fade into each other, and their grid is shifted from step to step. Off: they count alike and stay in place,
     as published, which leaves seams and changes borders less."""
@@ -212,7 +213,7 @@ class Video:
     end: float | None = None
     """Second at which it ends. Default: with the video."""
     keyframes: int = 1
-    """Edit only one frame in so many; those between follow by the source's optical flow (pip install
+    """Edit every n-th frame only; those between follow the source's optical flow (pip install
     "csd-edit[flow]"). Less work and less flicker; but places that no keyframe shows are only recolored."""
 
     def run(self) -> str:
@@ -272,7 +273,7 @@ def _check_sound(clip: "Clip", output: Path) -> None:
 
 @dataclass
 class Generate:
-    """Make an image from text alone, most of all a wide one, with a text-to-image model.
+    """Make an image from text alone, typically a wide one, with a text-to-image model.
 
     Several prompts share it in vertical stripes, from left to right. Of the options below, baseline and image guidance
     scale are always noise and the guidance scale.
@@ -290,7 +291,8 @@ class Generate:
     wrap: bool = False
     """For 360 degree images: the left and the right border fit together."""
     stride: int | None = None
-    """Largest distance between crops in latent cells. Default: three quarters of the model's window."""
+    """Largest distance between crops in latent cells (of 8 px in Stable Diffusion). Default: three quarters of the
+    model's window."""
 
     def run(self) -> str:
         from csd_2d.priors.text_to_image import TextToImagePrior
@@ -416,6 +418,7 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Dem
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the `csd` command: one sentence and exit code 1 for errors a user can mend, 130 after Ctrl-C."""
     try:
+        warnings.showwarning = lambda message, *_: print(f"csd: {message}", file=sys.stderr)
         with one_sentence(ranks.named("csd")), ranks.joined():
             command = _parse(arguments)
             start = time.monotonic()

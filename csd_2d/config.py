@@ -56,7 +56,7 @@ class EditConfig:
     """Phases in which scores are mixed between corresponding places instead of equal pixels, where correspondences are
     known: between frames of a video (optical flow) and crops of a panorama. Makes a video flicker less."""
     noise: NoiseMode = "independent"
-    """Noise of the particles in one step."""
+    """How noise is drawn in one step: a map for each particle, one for all, or crops of one map of the canvas."""
     consensus_bandwidth_scale: float = 1000.0
     """Factor on the median bandwidth in the first phase. Large: all particles move together."""
     bandwidth_scale: float | None = None

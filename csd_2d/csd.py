@@ -182,7 +182,7 @@ class Step:
     direction: Float[Tensor, "n c h w"]
     """phi of eq. 9; particles move along +phi."""
     kernel: KernelMatrix | None
-    """What the scores were mixed by; None if each particle followed its own."""
+    """Kernel matrix that mixed the scores; None if each particle followed its own."""
 
     @property
     def indices(self) -> list[int]:
@@ -225,7 +225,7 @@ def csd_step(
     Args:
         indices: the particles that take part.
         timesteps: lowest and highest timestep; one is drawn for all particles.
-        draw_noise: given the indices, latents of the shape wanted and the generator.
+        draw_noise: called with the indices, latents of the wanted shape and the generator; returns the noise.
         residual: see `edit_residual`.
         mix: see `Mixing`.
         generator: source of the timestep and the noise; lives on the CPU so that devices agree.

@@ -83,9 +83,12 @@ class Edit(EditLoss):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned. ValueError if it is of other particles."""
+        parameters = list(self.particles.parameters())
+        if [parameter.shape for parameter in parameters] != [values.shape for values in state["parameters"]]:
+            raise ValueError("the state is of an edit of other particles: their parameters differ in number or shape.")
         super().load_state_dict(state)
-        for parameter, values in zip(self.particles.parameters(), state["parameters"], strict=True):
+        for parameter, values in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(values)
         self._optimizer.param_groups[0]["lr"] = state["lr"]
         self._scheduler.load_state_dict(state["scheduler"])
@@ -117,9 +120,9 @@ def edit(
         particles, prior, prompt, config: see `Edit`.
         on_step: called after every step; the edit ends there if it returns True.
         progress: label of a progress bar with ETA; none if None.
-        resume: file that keeps the state of the edit, should it be interrupted, by Ctrl-C or by an error. If it exists
-            the edit goes on from it, and ends as if it had never stopped; the number of processes may be another one
-            then. It is written at the end, too, and for the caller to delete once the result is safe.
+        resume: file that keeps the state of the edit, in case it is interrupted; written twice a minute, and at the
+            end. If it exists the edit continues from it and ends as if it had never stopped, even with a different
+            number of processes. Delete it once the result is saved.
         options: layout, kernel, mixing; see `Edit`.
 
     Raises:

@@ -36,7 +36,7 @@ def generate(
     progress: str | None = None,
     resume: str | Path | None = None,
 ) -> Float[Tensor, "3 height width"]:
-    """Generate a picture, most of all a wide one, by Collaborative Score Distillation (arXiv 2307.04787, eq. 8).
+    """Generate a picture, typically a wide one, by Collaborative Score Distillation (arXiv 2307.04787, eq. 8).
 
     Crops of a canvas of latents are the particles; their scores are s = -(e^w(x_t; y) - noise), w the guidance scale.
     The canvas starts standard normal. Of `config`, the baseline is always the noise and the image guidance scale always

@@ -57,7 +57,7 @@ class LatentStack:
 
 
 class TensorFile:
-    """Tensors of one shape, one after the other, in a file without a name: it vanishes with the process.
+    """Stores tensors of one shape in an unnamed temporary file, which is deleted when the process ends.
 
     Args:
         folder: where the file lies. Default: the system's folder for temporary files, which may itself be memory.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ def check_prompt(prompt: Prompt) -> list[str]:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("prompt is empty; say what to change, e.g. 'make it night'.")
     return prompts
+
+
+def _name(rule: Any) -> str:
+    """Name a kernel or a mixing, with its settings if it is a dataclass; alike in all processes."""
+    return repr(rule) if rule is None or is_dataclass(rule) else getattr(rule, "__qualname__", type(rule).__qualname__)
 
 
 class EditLoss:
@@ -60,7 +66,7 @@ class EditLoss:
         self.particles, self.prior, self.config = particles, ranks.share_rows(prior), config or EditConfig()
         if kernel is not None and (mixing is not None or not self.config.svgd):
             raise ValueError("a kernel has no effect with a mixing, or with svgd off; leave one of them out.")
-        self._prior_name = type(prior).__name__
+        self._names = [type(prior).__name__, *map(_name, (kernel, mixing))]
         self.layout = layout or Layout()
         self.guidance = {
             name: getattr(prior if getattr(self.config, name) is None else self.config, name)
@@ -70,9 +76,9 @@ class EditLoss:
         """Number of the next step."""
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self._draw_noise = noise_source(self.config.noise, self.layout)
-        numbers = particles.source([0]).numel()
+        elements = particles.source([0]).numel()
         self._phases = Phases(
-            self.config, self.layout, len(particles), numbers, prior.num_timesteps, self._generator, kernel, mixing
+            self.config, self.layout, len(particles), elements, prior.num_timesteps, self._generator, kernel, mixing
         )
         self.prompts: list[tuple[int, list[str]]] = []
         """Prompts so far, each with the step from which on it holds."""
@@ -113,7 +119,7 @@ class EditLoss:
         return loss, step
 
     def _residual(self, noised: NoisedParticles) -> Float[Tensor, "n c h w"]:
-        """Compute `edit_residual`, for as many particles at a time as the prior may get."""
+        """Compute `edit_residual`, for `Phases.rows_at_once` particles at a time."""
         shares = self.layout.shares
         parts = [
             edit_residual(
@@ -133,9 +139,9 @@ class EditLoss:
         return torch.cat(parts)
 
     def fingerprint(self) -> str:
-        """Hash settings, first prompt and prior, which tell edits apart; not the particles."""
+        """Hash settings, first prompt, prior, kernel and mixing, which tell edits apart; not the particles."""
         (_, prompts), *_ = self.prompts
-        digest = hashlib.sha256(repr((self.config, prompts, self.guidance, self._prior_name)).encode())
+        digest = hashlib.sha256(repr((self.config, prompts, self.guidance, self._names)).encode())
         # Models of one family differ in how they encode a prompt; the analytic prior makes it a list of functions.
         text = self.prior.encode_text(prompts)
         for part in text if isinstance(text, tuple) else [text]:
@@ -144,7 +150,7 @@ class EditLoss:
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the following steps depend on, beside the particles' parameters."""
+        """Return everything that the following steps depend on, except the particles' parameters."""
         return {
             "index": self.index,
             "prompts": [(index, list(prompts)) for index, prompts in self.prompts],

@@ -1,4 +1,4 @@
-"""Which scores a particle follows: Stein variational gradient descent, by places that correspond, or its own."""
+"""Mix the scores of particles: by SVGD, between corresponding places, or not at all."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +54,7 @@ def _as_vectors(scores: Tensor, particles: Tensor) -> tuple[Float[Tensor, "n d"]
     """Flatten particles and scores. Half precision overflows in squared distances of a few thousand dimensions."""
     if scores.shape[0] != particles.shape[0] or scores.numel() != particles.numel():
         raise ValueError(
-            "scores and particles must hold as many particles of as many elements, "
+            "scores and particles must have the same number of particles and of elements per particle, "
             f"got shapes {tuple(scores.shape)} and {tuple(particles.shape)}."
         )
     dtype = torch.promote_types(scores.dtype, torch.float32)

@@ -27,11 +27,11 @@ class Particles(Protocol):
         ...
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        """Look up latents of the same particles before any edit, detached."""
+        """Return the unedited latents of some particles, detached."""
         ...
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """List what an edit changes."""
+        """Return the parameters that an edit changes."""
         ...
 
 

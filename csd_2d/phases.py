@@ -1,4 +1,4 @@
-"""What changes over the steps of an edit: which particles a step draws, from which timesteps, and how scores mix."""
+"""Schedule an edit: the batch, the range of timesteps and the mixing of each step."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from csd_2d.kernels import Kernel, RBFKernel
 from csd_2d.mixing import SVGD, own_scores
 from csd_2d.particles import Layout
 
-MAX_STEP_NUMBERS = 2**23
-"""Most latent numbers a step takes, 32 MiB: scores that are mixed together are held in memory together, several times
+MAX_STEP_ELEMENTS = 2**23
+"""Most elements of latents in a step, 32 MiB: scores that are mixed together are held in memory together, several times
 over. It is what 512 particles of 512 px have in Stable Diffusion."""
 
 OWN_BANDWIDTH_SCALE, CORRESPONDING_BANDWIDTH_SCALE = 0.01, 10.0
@@ -83,7 +83,7 @@ class Phases:
 
     Args:
         count: number of particles.
-        numbers: latent numbers of a particle.
+        elements: elements per particle.
         num_timesteps: of the prior.
         generator: source of the batches.
         kernel: compares particles in both phases. Default: an RBF kernel with the bandwidths of `config`.
@@ -95,7 +95,7 @@ class Phases:
         config: EditConfig,
         layout: Layout,
         count: int,
-        numbers: int,
+        elements: int,
         num_timesteps: int,
         generator: torch.Generator,
         kernel: Kernel | None = None,
@@ -103,7 +103,7 @@ class Phases:
     ) -> None:
         self._config = config
         rounds = layout.rounds or [list(range(count))]
-        most, longest = max(1, MAX_STEP_NUMBERS // numbers), max(map(len, rounds))
+        most, longest = max(1, MAX_STEP_ELEMENTS // elements), max(map(len, rounds))
         batch = config.batch
         if batch is None:
             batch = default_batch(count) if layout.batch is None else layout.batch

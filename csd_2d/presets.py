@@ -36,7 +36,7 @@ def load_preset(name: str, defaults: EditConfig | None = None) -> EditConfig:
         if old in settings:
             if new in settings:
                 raise ValueError(f"preset {name} cannot be used: it sets both {old} and {new}, which are the same.")
-            warnings.warn(f"preset {name}: {old} is now called {new}.", stacklevel=2)
+            warnings.warn(f"preset {name}: {old} is now called {new}.")  # noqa: B028  once, not for each caller
             settings[new] = settings.pop(old)
     try:
         return replace(defaults or EditConfig(), **settings)

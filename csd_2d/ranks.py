@@ -66,7 +66,7 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[None]:
     # Optimizers import it, and a group that exists by then stays in its default arguments: it would outlive its
     # destruction, and its threads the interpreter, which now and then aborts the process.
     importlib.import_module("torch.distributed.nn.functional")
-    before = signal.signal(signal.SIGTERM, _told_to_end)
+    before = signal.signal(signal.SIGTERM, _raise_lost_rank)
     try:
         try:
             dist.init_process_group("gloo", timeout=timeout)
@@ -82,31 +82,31 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-_RESUME = "the same command with --resume goes on from half a minute before, or less"
+_RESUME = "the same command with --resume goes on; at most half a minute is lost"
 
 
-def _told_to_end(*_: object) -> None:
+def _raise_lost_rank(*_: object) -> None:
     # torchrun tells all others to end when one has ended, and they may notice it only by that.
     raise LostRankError(f"told to end, as torchrun does when another process of this edit has ended; {_RESUME}.")
 
 
-def all_gather(mine: Shaped[Tensor, "..."]) -> list[Shaped[Tensor, "..."]]:
+def all_gather(tensor: Shaped[Tensor, "..."]) -> list[Shaped[Tensor, "..."]]:
     """Exchange tensors of one shape and dtype; returns those of all processes, in order, on this one's device."""
     if size() == 1:
-        return [mine]
-    ours = mine.cpu().contiguous()
-    parts = [torch.empty_like(ours) for _ in range(size())]
+        return [tensor]
+    sent = tensor.cpu().contiguous()
+    received = [torch.empty_like(sent) for _ in range(size())]
     try:
-        dist.all_gather(parts, ours)
+        dist.all_gather(received, sent)
     except RuntimeError as error:
         how = "did not answer in time" if "timed out" in str(error).lower() else "ended"
         raise LostRankError(f"another process of this edit {how}; {_RESUME}.") from error
-    return [part.to(mine.device) for part in parts]
+    return [part.to(tensor.device) for part in received]
 
 
-def gather_numbers(mine: int | float | bool) -> list[float]:
+def gather_numbers(number: int | float | bool) -> list[float]:
     """Exchange a number; returns those of all processes, in order."""
-    return torch.cat(all_gather(torch.tensor([mine], dtype=torch.float64))).tolist()
+    return torch.cat(all_gather(torch.tensor([number], dtype=torch.float64))).tolist()
 
 
 Item = TypeVar("Item")
@@ -121,8 +121,8 @@ def shared_map(function: Callable[[Item], Tensor], items: Sequence[Item] | Itera
     remaining = iter(items)
     while group := list(islice(remaining, size())):
         # With fewer items left than processes, some evaluate the last one, too: all must exchange the same shape.
-        mine = function(group[min(rank(), len(group) - 1)])
-        yield from all_gather(mine)[: len(group)]
+        result = function(group[min(rank(), len(group) - 1)])
+        yield from all_gather(result)[: len(group)]
 
 
 def share_rows(prior: Prior) -> Prior:
@@ -145,10 +145,10 @@ class _SharedRows:
         self, x_t: Tensor, timestep: int, condition: Tensor, text: Any, branches: Sequence[Branch]
     ) -> Tensor:
         """Estimate some of the rows, and exchange them for the others; see `Prior`."""
-        most = -(-len(x_t) // size())
-        rows = slice(rank() * most, (rank() + 1) * most)
-        mine = x_t.new_zeros(most, *x_t.shape[1:])
+        share = -(-len(x_t) // size())
+        rows = slice(rank() * share, (rank() + 1) * share)
+        estimates = x_t.new_zeros(share, *x_t.shape[1:])
         if len(x_t[rows]):
-            estimate = self._prior.noise_estimate(x_t[rows], timestep, condition[rows], text, branches[rows])
-            mine[: len(estimate)] = estimate
-        return torch.cat(all_gather(mine))[: len(x_t)]
+            made = self._prior.noise_estimate(x_t[rows], timestep, condition[rows], text, branches[rows])
+            estimates[: len(made)] = made
+        return torch.cat(all_gather(estimates))[: len(x_t)]

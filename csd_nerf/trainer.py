@@ -190,13 +190,15 @@ class EditTrainer(SceneTrainer):
 
     def train(self) -> None:
         total = self.config.max_num_iterations
+        # nerfstudio prints the last step it timed, which a run that is resumed after its last step does not have.
+        writer.GLOBAL_BUFFER.setdefault("step", self._start_step)
         self.config.max_num_iterations = total - self._start_step  # nerfstudio counts from the step it starts at
         try:
             super().train()
         except KeyboardInterrupt:
             command = ["ns-train", self.config.method_name, "--resume", str(self.base_dir / "config.yml")]
             CONSOLE.print(f"Interrupted. To go on: {shlex.join(command)}", soft_wrap=True, markup=False)
-            raise
+            raise SystemExit(130) from None  # nerfstudio would print the traceback of a KeyboardInterrupt
         finally:
             self.config.max_num_iterations = total
 

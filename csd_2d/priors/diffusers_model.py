@@ -63,8 +63,8 @@ def _reading(model: str | Path, kind: str, local_files_only: bool) -> Iterator[b
         else:
             tried = f"model '{model}' could be neither downloaded from the Hugging Face hub nor found in its cache"
         raise OSError(
-            f"{tried} ({_reason(refusal or error)}); give a folder saved by diffusers' save_pretrained, "
-            "to edit, --prior tiny ships with csd."
+            f"{tried} ({_reason(refusal or error)}); give a folder saved by diffusers' save_pretrained. "
+            "To edit images, --prior tiny ships with csd."
         ) from error
 
 

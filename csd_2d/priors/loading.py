@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 
-from csd_2d import tiny
 from csd_2d.prior import Prior
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.diffusers_model import DiffusersPrior, pipeline_class_of
 from csd_2d.priors.flux_kontext import FluxKontextPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior, InstructPix2PixXLPrior
 from csd_2d.priors.text_to_image import TextToImagePrior, TextToImageXLPrior
-from csd_2d.tiny.instructions import INSTRUCTIONS, unknown_words
+from csd_2d.priors.tiny import TinyPrior, check_words
 
 DEFAULT_MODEL = InstructPix2PixPrior.default_model
 DEFAULT_TEXT_TO_IMAGE = TextToImagePrior.default_model
@@ -64,14 +63,12 @@ def load_prior(
         if source_prompt is not None:
             raise ValueError(_NO_SOURCE_PROMPT.format(name))
         return AnalyticPrior(device=device)
-    model = {"ip2p": DEFAULT_MODEL, "sd": DEFAULT_TEXT_TO_IMAGE, "tiny": tiny.MODEL}.get(name, name)
-    family = _family(model, local_files_only)
+    model = {"ip2p": DEFAULT_MODEL, "sd": DEFAULT_TEXT_TO_IMAGE, "tiny": TinyPrior.default_model}.get(name, name)
+    family = TinyPrior if name == "tiny" else _family(model, local_files_only)
     if source_prompt is not None and not issubclass(family, TextToImagePrior):
         raise ValueError(_NO_SOURCE_PROMPT.format(name))
     options = {} if source_prompt is None else {"source_prompt": source_prompt}
     prior = family.from_pretrained(model, device, dtype, offload, local_files_only, micro_batch, **options)
-    if name == "tiny":
-        prior.guidance_scale, prior.image_guidance_scale = tiny.GUIDANCE_SCALE, tiny.IMAGE_GUIDANCE_SCALE
     if attention is not None:
         prior.use_attention(attention)
     if compile:
@@ -96,11 +93,8 @@ def check_prior(name: str, prompt: str | None = None) -> None:
         if prompt is not None:
             AnalyticPrior().encode_text([prompt])
     elif name == "tiny":
-        if prompt is not None and (unknown := unknown_words(prompt)):
-            raise ValueError(
-                f"the tiny model was never taught the words {', '.join(map(repr, unknown))}; it knows: "
-                f"{'; '.join(INSTRUCTIONS)}. The prior ip2p follows any instruction."
-            )
+        if prompt is not None:
+            check_words([prompt])
     elif name not in ("ip2p", "sd") and not Path(name).is_dir() and name.count("/") != 1:
         raise ValueError(
             f"unknown prior '{name}'; expected 'tiny', 'analytic', 'ip2p' ({DEFAULT_MODEL}), 'sd' "

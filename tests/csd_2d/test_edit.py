@@ -186,7 +186,7 @@ def test_in_the_first_phase_all_move_as_one_under_much_noise_in_the_second_a_bat
 
 def test_of_many_particles_as_many_as_fit_move_as_one_each_in_its_turn(monkeypatch):
     latents = torch.zeros(9, 3, 2, 2)
-    monkeypatch.setattr(phases, "MAX_STEP_NUMBERS", 3 * latents[0].numel())
+    monkeypatch.setattr(phases, "MAX_STEP_ELEMENTS", 3 * latents[0].numel())
     seen = []
     edit(LatentStack(latents), AnalyticPrior(), "make it night", EditConfig(steps=6, consensus_fraction=1), seen.append)
     for turn in (seen[:3], seen[3:]):

@@ -13,11 +13,13 @@ from csd_2d import (
     CanvasCrops,
     Edit,
     EditConfig,
+    ImageStack,
     KernelMatrix,
     LatentStack,
     Layout,
     RBFKernel,
     add_noise,
+    load_prior,
     svgd_direction,
 )
 from csd_2d.edit import edit
@@ -172,6 +174,36 @@ def test_a_copied_state_brings_an_edit_back_in_memory():
         run.step()
     run.load_state_dict(state)
     assert run.index == 1 and torch.equal(latents(run), before)
+
+
+def test_a_state_of_other_particles_is_refused_and_changes_nothing():
+    run, other = stepper(), Edit(LatentStack(torch.zeros(2, 3, 6, 6)), AnalyticPrior(), NIGHT, CONFIG)
+    run.step()
+    before = latents(run)
+    with pytest.raises(ValueError, match="of an edit of other particles"):
+        run.load_state_dict(other.state_dict())
+    assert run.index == 1 and torch.equal(latents(run), before)
+
+
+def test_kernels_and_mixings_tell_edits_apart():
+    def first(scores, noised):
+        return scores, None
+
+    options = [{}, {"kernel": RBFKernel()}, {"kernel": RBFKernel(2.0)}, {"mixing": first}, {"mixing": SVGD()}]
+    prints = [stepper(**option).fingerprint() for option in options]
+    assert len({*prints}) == len(options)
+    assert prints == [stepper(**option).fingerprint() for option in options]
+
+
+def test_the_tiny_model_refuses_words_it_was_not_trained_on():
+    prior = load_prior("tiny")
+    stack = ImageStack([smooth(64, 64)], prior)
+    with pytest.raises(ValueError, match="never taught the words 'unicorn'; it knows: make it night"):
+        Edit(stack.particles, prior, "make it a unicorn")
+    run = Edit(stack.particles, prior, NIGHT)
+    with pytest.raises(ValueError, match="never taught"):
+        run.prompt = "make it a unicorn"
+    assert run.prompt == [NIGHT]
 
 
 def test_a_loss_leaves_the_stepping_to_its_caller():

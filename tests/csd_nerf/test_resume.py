@@ -12,11 +12,20 @@ import torch
 import yaml
 
 from csd_2d import EditConfig
+from csd_nerf.artifacts import Artifacts
 from csd_nerf.edit.resume import latest_whole_checkpoint, random_state, set_random_state
 from tests.csd_nerf.conftest import train_in_process
 from tests.csd_nerf.kill_run import run_and_die
 
 KILL_POINTS = 12
+
+
+class Killed(Exception):
+    pass
+
+
+def killed(*_, **__):
+    raise Killed
 
 
 def options(scene_run: Path, mode: str) -> dict:
@@ -69,6 +78,21 @@ def same(one, other) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
+
+
+def test_a_run_that_was_killed_after_its_last_step_writes_its_artifacts(scene_run, tmp_path, monkeypatch):
+    from nerfstudio.utils import writer  # circular imports: not before nerfstudio's trainer
+
+    monkeypatch.setattr(Artifacts, "write", killed)
+    settings = options(scene_run, "dataset-update") | {"pipeline__film_frames": 2}
+    with pytest.raises(Killed):
+        train_in_process("csd-edit-tiny", tmp_path, 4, timestamp="killed", **settings)
+    run = run_folder(tmp_path)
+    assert not (run / "edit.json").exists()
+    monkeypatch.undo()
+    monkeypatch.delitem(writer.GLOBAL_BUFFER, "step")  # a process of its own has trained nothing yet
+    resume(run)
+    assert {"edit.json", "turntable.mp4", "before_after"} <= {path.name for path in run.iterdir()}
 
 
 @pytest.mark.parametrize(("mode", "points"), [("dataset-update", KILL_POINTS), ("distill", 3)])

@@ -309,7 +309,9 @@ def interrupting(*_):
 
 def test_an_interrupted_run_says_how_to_go_on_in_one_line(scene_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "train_iteration", interrupting)
-    edit_in_process(tmp_path / ("a [long] name " * 8), load_run=scene_run)
+    with pytest.raises(SystemExit) as ended:
+        edit_in_process(tmp_path / ("a [long] name " * 8), load_run=scene_run)
+    assert ended.value.code == 130
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "Interrupted" in line]
     config = Path(shlex.split(line.partition("ns-train ")[2])[-1])
     assert config.is_file()
