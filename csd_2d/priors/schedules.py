@@ -67,7 +67,7 @@ class VariancePreservingSchedule:
 class EDMSchedule:
     """x = x_0 + r noise with preconditioned inputs and outputs (Karras et al. 2022, arXiv 2206.00364, eq. 7).
 
-    What CSD sees is scaled to variance preserving, x_t = x / sqrt(1 + r^2): r goes to 120, and with it CSD's step of
+    CSD gets latents scaled to variance preserving, x_t = x / sqrt(1 + r^2): r goes to 120, and with it CSD's step of
     weight sigma^2 would leave every bound. Timesteps are the scheduler's own noise levels, the lowest first.
     """
 

@@ -81,7 +81,8 @@ def test_states_of_other_particles_are_refused(
     tmp_path, saved_at_every_step, begun: Callable[[], Particles], resumed: Callable[[], Particles]
 ):
     def run(particles, **options):
-        layout, prompts = getattr(particles, "layout", None), ["make it night", "make it sepia"]
+        layout = getattr(particles, "layout", None)
+        prompts = ["make it night", "make it sepia"] if layout is not None and layout.shares else "make it night"
         file, config = tmp_path / "state", EditConfig(steps=5)
         edit(particles, AnalyticPrior(), prompts, config, resume=file, layout=layout, **options)
 

@@ -100,8 +100,8 @@ def test_small_sets_identical_particles_and_half_precision_stay_finite(dtype, n,
 
 def test_a_zero_median_falls_back_to_the_mean():
     x = torch.tensor([[0.0], [0.0], [0.0], [1.0]])  # 3 of 6 pairs coincide
-    gram, slope = RBFKernel()(x)
-    assert gram.isfinite().all() and slope.isfinite().all()
+    gram, repulsion_weight = RBFKernel()(x)
+    assert gram.isfinite().all() and repulsion_weight.isfinite().all()
     assert 0 < gram[0, 3] < 1
 
 

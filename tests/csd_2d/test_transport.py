@@ -82,7 +82,7 @@ def test_one_particle_keeps_its_score():
     assert torch.equal(direction(s, torch.randn(1, 3, 4, 4), transport=window_correspondence([(0, 0)])), s)
 
 
-def test_windows_hear_what_the_others_say_of_the_same_cell():
+def test_windows_mix_scores_of_the_same_cell():
     """Scores that are crops of one map stay what they are; without transport they are mixed into something else."""
     canvas = torch.randn(3, 9, 20, dtype=torch.float64)
     corners = [(0, 0), (1, 4), (1, 9), (0, 14)]
