@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from csd_2d.csd import Baseline
+from csd_2d.csd import Baseline, Weight
 from csd_2d.mixing import KernelInput
 from csd_2d.particles import NoiseMode
 
@@ -39,6 +39,8 @@ class EditConfig:
     """Text guidance scale omega_y. Default: the prior's."""
     image_guidance_scale: float | None = None
     """Image guidance scale omega_s. Default: the prior's."""
+    schedule: Literal["random", "descending"] = "random"
+    """How timesteps are drawn from a phase's range: at random, as published, or descending from the largest."""
     min_timestep: float = 0.02
     """Smallest timestep, as a share of the noise schedule (authors' code: 0.02)."""
     phase_boundary: float = 0.5
@@ -49,6 +51,9 @@ class EditConfig:
     """Subtracted from the guided estimate: CSD-Edit's image-conditional estimate, SDS's noise, or nothing."""
     svgd: bool = True
     """Mix the particles' scores by the kernel. Off: every particle follows its own score."""
+    consensus: Literal["mean", "color"] = "mean"
+    """What particles share in the first phase: the mean of their scores, pixel by pixel, or the change of colors of the
+    most typical one, while all else stays each one's own."""
     kernel_input: KernelInput = "clean"
     """Latents the kernel compares: x_0, x_0 without detail (`low_pass`), or x_t as published. Independent noise hides
     the content of the images."""
@@ -62,6 +67,9 @@ class EditConfig:
     bandwidth_scale: float | None = None
     """Factor on the median bandwidth in the second phase. None: 0.01, so small that each particle follows its own
     score; 10 where corresponding places are mixed."""
+    weight: Weight = "noise"
+    """Units of a step: of noise, as published, or of the image. In units of the image a step takes the share lr w(t) of
+    the way to the model's present estimate."""
     normalize_rows: bool = True
     """Divide kernel rows by their sum, so that step size does not depend on the number of particles."""
     seed: int = 0
@@ -96,6 +104,9 @@ class EditConfig:
             ("kernel_input", get_args(KernelInput)),
             ("transport", ("off", "first", "second", "both")),
             ("noise", get_args(NoiseMode)),
+            ("schedule", ("random", "descending")),
+            ("consensus", ("mean", "color")),
+            ("weight", get_args(Weight)),
             ("svgd", (True, False)),
             ("normalize_rows", (True, False)),
         ):

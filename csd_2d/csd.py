@@ -20,6 +20,11 @@ Baseline = Literal["image", "noise", "none"]
 the noise itself (CSD, SDS), or nothing (plain score ascent)."""
 
 
+Weight = Literal["noise", "image"]
+"""Units of w(t) phi, w(t) = sigma^2: of noise, as published, or of clean latents. A score s of x_t points at x_0 +
+(sigma / alpha) s; in units of the image a step takes the share lr sigma^2 of that way, under strong noise nearly all."""
+
+
 def add_noise(
     x_0: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"], alpha: float, sigma: float
 ) -> Float[Tensor, "n c h w"]:
@@ -218,9 +223,10 @@ def csd_step(
     residual: Callable[[NoisedParticles], Tensor],
     mix: Mixing,
     generator: torch.Generator,
+    weight: Weight = "noise",
     index: int = 0,
 ) -> tuple[Float[Tensor, ""], Step]:
-    """Take one step of CSD-Edit (arXiv 2307.04787, eq. 9, with the weight w(t) = sigma^2).
+    """Take one step of CSD-Edit (arXiv 2307.04787, eq. 9).
 
     Args:
         indices: the particles that take part.
@@ -229,6 +235,7 @@ def csd_step(
         residual: see `edit_residual`.
         mix: see `Mixing`.
         generator: source of the timestep and the noise; lives on the CPU so that devices agree.
+        weight: see `Weight`.
         index: number of the step.
 
     Returns:
@@ -245,4 +252,5 @@ def csd_step(
 
     score = -residual(noised)
     direction, kernel = mix(score, noised)
-    return surrogate_loss(rendered, direction, weight=sigma**2), Step(index, noised, score, direction, kernel)
+    step = Step(index, noised, score, direction, kernel)
+    return surrogate_loss(rendered, direction, sigma**2 if weight == "noise" else sigma**3 / alpha), step

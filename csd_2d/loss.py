@@ -108,11 +108,12 @@ class EditLoss:
             self.particles,
             next(phase.batches),
             self.prior,
-            phase.timesteps,
+            self._phases.timesteps(self.index),
             self._draw_noise,
             self._residual,
             phase.mix,
             self._generator,
+            self.config.weight,
             self.index,
         )
         self.index += 1

@@ -142,6 +142,57 @@ class SVGD:
         return corresponding_direction(s, x, changes, kernel, correspondence, self.normalize_rows), kernel
 
 
+@dataclass(frozen=True)
+class ColorConsensus:
+    """Let all particles change their colors as one of them does; the rest of each score stays its own (a `Mixing`).
+
+    Pixels of different images show different things, so that their scores cannot be averaged. A change of color has no
+    place: it is an affine map from colors of the source to colors. Each particle's aim, its score plus its change so
+    far, is projected onto such maps by least squares. The particle whose map agrees best with those of all others, the
+    leader, passes its map on: in every other particle it replaces the particle's own map. A mean of maps would not do:
+    while the instruction leaves several answers open, they cancel.
+
+    This is SVGD in a low-dimensional projection of the particles (Chen & Ghattas, NeurIPS 2020, arXiv 2002.03469)
+    with two differences: there is no repulsion, which drives particles to different answers, and the kernel's weights
+    are those of a single particle.
+    """
+
+    ridge: float = 0.05
+    """Pull of the leader's map towards no change in colors that it does not show, relative to how often the average
+    particle shows them."""
+
+    def __call__(
+        self, scores: Float[Tensor, "n c h w"], noised: NoisedParticles
+    ) -> tuple[Float[Tensor, "n c h w"], KernelMatrix]:
+        source, count = noised.source, len(scores)
+        colors = torch.cat([source, torch.ones_like(source[:, :1])], 1).flatten(2).mT
+        aims = (scores + noised.alpha / noised.sigma * (noised.x_0 - source)).flatten(2).mT
+        moments, products = colors.mT @ colors, colors.mT @ aims
+        average = moments.mean(0)
+        # Images of few colors do not determine a map: a thousandth of the average keeps it bounded.
+        own = torch.linalg.solve(moments + 1e-3 * average, products)
+        leader = most_typical(own, average)
+        passed_on = torch.linalg.solve(moments[leader] + self.ridge * average, products[leader])
+        shift = (colors @ (passed_on - own)).mT.view_as(scores)
+        shift[leader] = 0
+        gram = torch.zeros(count, count, dtype=scores.dtype, device=scores.device)
+        gram[:, leader] = 1
+        return scores + shift, KernelMatrix(gram, torch.zeros_like(gram))
+
+
+def most_typical(maps: Float[Tensor, "n a b"], moments: Float[Tensor, "a a"]) -> int:
+    """Find the map that agrees best with all others, by the sum of their positive cosines as functions of colors.
+
+    Args:
+        maps: each takes a color to a change.
+        moments: second moments of the colors on which maps are compared.
+    """
+    products = torch.einsum("iab,ac,jcb->ij", maps, moments, maps)
+    norms = products.diagonal().clamp(min=1e-12).sqrt()
+    cosines = products / norms[:, None] / norms
+    return int(cosines.clamp(min=0).sum(0).argmax())
+
+
 def own_scores(scores: Float[Tensor, "n c h w"], noised: NoisedParticles) -> tuple[Float[Tensor, "n c h w"], None]:
     """Let every particle follow its own score (a `csd_2d.csd.Mixing`): SVGD switched off."""
     return scores, None

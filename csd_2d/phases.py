@@ -1,5 +1,6 @@
 """Schedule an edit: the batch, the range of timesteps and the mixing of each step."""
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from csd_2d.config import EditConfig
 from csd_2d.correspondence import everywhere
 from csd_2d.csd import Mixing
 from csd_2d.kernels import Kernel, RBFKernel
-from csd_2d.mixing import SVGD, own_scores
+from csd_2d.mixing import SVGD, ColorConsensus, own_scores
 from csd_2d.particles import Layout
 
 MAX_STEP_ELEMENTS = 2**23
@@ -73,8 +74,8 @@ class Phase:
     """A stretch of an edit's steps."""
 
     batches: Batches
-    timesteps: tuple[int, int]
-    """Lowest and highest timestep."""
+    timesteps: tuple[float, float]
+    """Lowest and highest timestep, as shares of the noise schedule."""
     mix: Mixing
 
 
@@ -111,25 +112,35 @@ class Phases:
         self.rows_at_once = min(batch, max(1, most // 16))
         """Particles that go to the prior together, so that a consensus step, which draws many, takes no more memory
         in it than a refinement step."""
-        low, boundary, high = (
-            round(share * (num_timesteps - 1))
-            for share in (config.min_timestep, config.phase_boundary, config.max_timestep)
-        )
+        self._num_timesteps = num_timesteps
+        self._consensus_steps = math.ceil(config.consensus_fraction * config.steps)
         self._consensus = Phase(
             Batches(rounds, 0 if longest <= most else most, generator),
-            (boundary, high),
+            (config.phase_boundary, config.max_timestep),
             mixing or _consensus_mixing(config, layout, kernel),
         )
         self._refinement = Phase(
             Batches(rounds, 0 if longest <= batch else batch, generator),
-            (low, boundary),
+            (config.min_timestep, config.phase_boundary),
             mixing or _refinement_mixing(config, layout, kernel),
         )
 
     def of_step(self, index: int) -> Phase:
         """Look up the phase of a step."""
-        in_consensus = index < self._config.consensus_fraction * self._config.steps
-        return self._consensus if in_consensus else self._refinement
+        return self._consensus if index < self._consensus_steps else self._refinement
+
+    def timesteps(self, index: int) -> tuple[int, int]:
+        """Compute the lowest and the highest timestep of a step."""
+        low, high = self.of_step(index).timesteps
+        if self._config.schedule == "descending":
+            steps, consensus = self._config.steps, self._consensus_steps
+            if index < consensus:
+                # Slow at first: several answers are open under the strongest noise only.
+                low = high = high - (high - low) * (index / consensus) ** 2
+            else:
+                low = high = max(high - (high - low) * (index - consensus + 1) / max(steps - consensus, 1), low)
+        lowest, highest = (round(share * (self._num_timesteps - 1)) for share in (low, high))
+        return lowest, highest
 
     def state_dict(self) -> dict[str, tuple[list[int], list[int]]]:
         return {
@@ -145,6 +156,8 @@ class Phases:
 def _consensus_mixing(config: EditConfig, layout: Layout, kernel: Kernel | None) -> Mixing:
     if not config.svgd:
         return own_scores
+    if config.consensus == "color":
+        return ColorConsensus()
     find = layout.correspondence if config.transport in ("first", "both") else None
     # Particles without corresponding places must be mixed, too, or distant ones take different answers.
     extended = None if find is None else lambda indices: everywhere(find(indices))

@@ -40,6 +40,7 @@ TASKS = (
     *("make the ball blue", "make the cone yellow"),  # one answer, local
 )
 DEFAULT = EditConfig(steps=60, guidance_scale=1.0)
+COLOR = dataclasses.replace(load_preset("color"), guidance_scale=1.0)
 VARIANTS: dict[str, EditConfig | None] = {
     "unedited": None,
     "sampler": None,
@@ -48,6 +49,9 @@ VARIANTS: dict[str, EditConfig | None] = {
     "consensus 0.4": dataclasses.replace(DEFAULT, consensus_fraction=0.4),
     "default": DEFAULT,
     "default, guidance 2": dataclasses.replace(DEFAULT, guidance_scale=2.0),
+    "color": COLOR,
+    "color, SVGD off": dataclasses.replace(COLOR, svgd=False),
+    "color, 4x the steps": dataclasses.replace(COLOR, steps=4 * COLOR.steps),
 }
 LEAST_VISIBLE = 0.04
 """Share of the image that an object must cover to be a task."""

@@ -330,7 +330,7 @@ def test_presets(tmp_path):
         mine.write_text(text)
         with pytest.raises(ValueError, match=r"mine\.yaml"):
             load_preset(str(mine))
-    with pytest.raises(ValueError, match="expected default, fast, low-memory, paper"):
+    with pytest.raises(ValueError, match="expected default, color, fast, low-memory, paper"):
         load_preset("nope")
 
 
