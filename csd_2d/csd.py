@@ -21,8 +21,8 @@ the noise itself (CSD, SDS), or nothing (plain score ascent)."""
 
 
 Weight = Literal["noise", "image"]
-"""Units of w(t) phi, w(t) = sigma^2: of noise, as published, or of clean latents. A score s of x_t points at x_0 +
-(sigma / alpha) s; in units of the image a step takes the share lr sigma^2 of that way, under strong noise nearly all."""
+"""Units of w(t) phi, w(t) = sigma^2: of noise, as published, or of the image. A score s of x_t points at the latents
+x_0 + (sigma / alpha) s. In units of the image a step takes the share lr sigma^2 of that way, most if noise is strong."""
 
 
 def add_noise(
