@@ -22,7 +22,7 @@ the noise itself (CSD, SDS), or nothing (plain score ascent)."""
 
 Weight = Literal["noise", "image"]
 """Units of w(t) phi, w(t) = sigma^2: of noise, as published, or of the image. A score s of x_t points at the latents
-x_0 + (sigma / alpha) s. In units of the image a step takes the share lr sigma^2 of that way, most if noise is strong."""
+x_0 + (sigma / alpha) s. In units of the image a step takes the share lr sigma^2 of that way."""
 
 
 def add_noise(
