@@ -337,6 +337,10 @@ class Demo:
     """What to change, as one of the instructions whose answer is known; another one lists them."""
     seed: int = 0
     """Seed of the training and of the edit."""
+    preset: str = "default"
+    """Settings of the edit: a name in configs/, such as `color`, or a .yaml file."""
+    guidance_scale: float | None = None
+    """Text guidance scale omega_y. Default: the tiny model's, 2; with `--preset color` better 1."""
 
     def run(self) -> str:
         if ranks.size() > 1:
@@ -350,7 +354,7 @@ class Demo:
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise ValueError(f"output {output} exists and is not an empty folder.")
         _check_output(output)
-        return str(demo.load()(output, self.prompt, self.seed))
+        return str(demo.load()(output, self.prompt, self.seed, self.preset, self.guidance_scale))
 
 
 def _check_image_output(path: Path, source: Path | None = None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,12 +59,15 @@ class _Stopwatch:
         self.seconds[name] = round(time.monotonic() - start, 1)
 
 
-def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
+def run_demo(
+    folder: Path, prompt: str, seed: int = 0, preset: str = "default", guidance_scale: float | None = None
+) -> Path:
     """Write before_after.png, turntable.mp4, edited/ and report.json to a folder, next to the scene and both runs.
 
     Args:
         folder: new or empty.
         prompt: an instruction from `csd_2d.closed_form`. Its answer is known, and the result is compared with it.
+        preset, guidance_scale: settings of the edit, see `csd_2d.presets.load_preset` and `EditConfig`.
 
     Returns:
         The folder.
@@ -79,7 +83,7 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
     with watch.stage("learning the scene (ns-train csd-scene-tiny)"):
         scene_run = train(scene_config(folder, seed))
     with watch.stage(f"editing it: {prompt} (ns-train csd-edit-tiny)"):
-        edit_run = train(edit_config(folder, scene_run, prompt, seed))
+        edit_run = train(edit_config(folder, scene_run, prompt, seed, preset, guidance_scale))
     with watch.stage("rendering novel views and the film"):
         before, after = (load_scene(run) for run in (scene_run, edit_run))
         novel = NovelViews(before, after, prompt)
@@ -95,7 +99,7 @@ def run_demo(folder: Path, prompt: str, seed: int = 0) -> Path:
         "psnr": novel.psnr(),
         "seconds": watch.seconds,
         "seconds_total": round(sum(watch.seconds.values()), 1),
-        "settings": _settings(),
+        "settings": _settings(edit_run),
         "versions": {name: version(name) for name in ("csd-edit", "nerfstudio", "torch")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
@@ -119,11 +123,20 @@ def scene_config(folder: Path, seed: int) -> TrainerConfig:
     return _demo_run(config, folder, seed)
 
 
-def edit_config(folder: Path, scene_run: Path, prompt: str, seed: int) -> TrainerConfig:
+def edit_config(
+    folder: Path,
+    scene_run: Path,
+    prompt: str,
+    seed: int,
+    preset: str = "default",
+    guidance_scale: float | None = None,
+) -> TrainerConfig:
     """Configure csd-edit-tiny to edit the scene of a run's config.yml and write its run to FOLDER/runs."""
     config = copy.deepcopy(csd_edit_tiny.config)
     config.load_run = scene_run  # type: ignore[attr-defined]
-    config.pipeline.prompt = prompt  # type: ignore[attr-defined]
+    pipeline: Any = config.pipeline
+    pipeline.prompt, pipeline.preset = prompt, preset
+    pipeline.edit = dataclasses.replace(pipeline.edit, guidance_scale=guidance_scale)
     config.max_num_iterations = config.pipeline.steps_per_round = EDIT_STEPS  # type: ignore[attr-defined]
     config.pipeline.film_frames = 0  # type: ignore[attr-defined]  # the demo renders its own turntable
     return _demo_run(config, folder, seed)
@@ -216,14 +229,10 @@ def _turntable(before: Model, after: Model) -> Clip:
     return side_by_side([film(model, cameras) for model in (before, after)], enlarged=4)
 
 
-def _settings() -> dict[str, object]:
-    pipeline = csd_edit_tiny.config.pipeline
-    return {
-        "scene_steps": SCENE_STEPS,
-        "edit_steps": EDIT_STEPS,
-        "views_per_round": pipeline.views_per_round,  # type: ignore[attr-defined]
-        "edit": dataclasses.asdict(pipeline.edit),  # type: ignore[attr-defined]
-    }
+def _settings(edit_run: Path) -> dict[str, object]:
+    settings = json.loads((edit_run.parent / "edit.json").read_text(encoding="utf-8"))["settings"]
+    edit = {name: settings[name] for name in ("preset", "views_per_round", "edit")}
+    return {"scene_steps": SCENE_STEPS, "edit_steps": EDIT_STEPS, **edit}
 
 
 def _announce(report: dict) -> None:
