@@ -33,7 +33,8 @@ class Viewer(threading.Thread):
         while not self._ended.is_set():
             asked = time.monotonic()
             taken = lock.acquire(timeout=LONGEST_WAIT)
-            self.waits.append(time.monotonic() - asked)
+            if not self._ended.is_set():  # when the round is over the training has the lock again
+                self.waits.append(time.monotonic() - asked)
             if taken:
                 self._render()
                 lock.release()
@@ -54,6 +55,15 @@ class Viewer(threading.Thread):
         self.join()
 
 
+@pytest.fixture
+def one_thread():
+    """Sums over several threads are in no fixed order, with or without a viewer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def transparent_scene(tmp_path_factory) -> Path:
     """A scene whose images have alpha, hardly trained: what is transparent gets the background."""
@@ -66,7 +76,7 @@ def transparent_scene(tmp_path_factory) -> Path:
     return train_in_process("csd-scene-tiny", folder / "scene", 30, data=folder / "data")
 
 
-def test_a_viewer_renders_during_a_round_and_changes_no_bit(transparent_scene, tmp_path, monkeypatch):
+def test_a_viewer_renders_during_a_round_and_changes_no_bit(transparent_scene, one_thread, tmp_path, monkeypatch):
     viewers: list[Viewer] = []
     run_round = CsdEditPipeline._run_round
 
