@@ -144,7 +144,7 @@ class EditLoss:
         (_, prompts), *_ = self.prompts
         digest = hashlib.sha256(repr((self.config, prompts, self.guidance, self._names)).encode())
         # Models of one family differ in how they encode a prompt; the analytic prior makes it a list of functions.
-        text = self.prior.encode_text(prompts)
+        text = self._text if len(self.prompts) == 1 else self.prior.encode_text(prompts)
         for part in text if isinstance(text, tuple) else [text]:
             if isinstance(part, Tensor):
                 digest.update(part.float().cpu().numpy().tobytes())
