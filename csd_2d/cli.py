@@ -405,8 +405,11 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Dem
     peek.add_argument("--preset", default="default")
     preset = peek.parse_known_args(arguments)[0].preset
     todo = tyro.MISSING
-    options = Options(todo, edit=load_preset(preset))
-    generating = RunOptions(todo, edit=load_preset(preset, GENERATE))
+    with warnings.catch_warnings(record=True) as renamed:
+        options = Options(todo, edit=load_preset(preset))
+        generating = RunOptions(todo, edit=load_preset(preset, GENERATE))
+    for message in dict.fromkeys(str(warning.message) for warning in renamed):
+        print(f"csd: {message}", file=sys.stderr)
     command = tyro.cli(
         Annotated[Panorama, tyro.conf.subcommand("panorama", default=Panorama(todo, todo, options))]
         | Annotated[Video, tyro.conf.subcommand("video", default=Video(todo, todo, options))]
@@ -422,7 +425,6 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Dem
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the `csd` command: one sentence and exit code 1 for errors a user can mend, 130 after Ctrl-C."""
     try:
-        warnings.showwarning = lambda message, *_: print(f"csd: {message}", file=sys.stderr)
         with one_sentence(ranks.named("csd")), ranks.joined():
             command = _parse(arguments)
             start = time.monotonic()
