@@ -11,16 +11,19 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from csd_2d.cells import common_size
 from csd_2d.config import EditConfig
 from csd_2d.csd import Step
 from csd_2d.edit import edit
 from csd_2d.image_set import ImageStack
 from csd_2d.io.images import to_array, to_tensor
 from csd_2d.loss import Prompt, check_prompt
+from csd_2d.mixing import FindCorrespondence
 from csd_2d.panorama import PanoramaCanvas
 from csd_2d.particles import Layout, Particles
 from csd_2d.prior import Prior
 from csd_2d.priors.loading import load_prior
+from csd_2d.video import followed
 
 ImageLike = Image.Image | np.ndarray | Tensor
 """A PIL image; (H, W, 3) uint8, or float in [0, 1]; or a (3, H, W) tensor in [0, 1]."""
@@ -157,7 +160,7 @@ class CsdPanoramaPipeline(CsdPipeline):
 
 
 class CsdVideoPipeline(CsdPipeline):
-    """Edits the frames of a clip, or any set of images, together.
+    """Edits the frames of a clip together; or any images, with `follow=False`.
 
     Example:
         >>> pipeline = CsdVideoPipeline.from_pretrained("analytic")
@@ -180,12 +183,15 @@ class CsdVideoPipeline(CsdPipeline):
         config: EditConfig | None = None,
         progress: bool = True,
         resume: str | Path | None = None,
+        follow: bool = True,
         **stack: Any,
     ) -> VideoOutput:
         """Run one edit; see `CsdPanoramaPipeline`.
 
         Args:
             callback_on_step_end: see `StepCallback`; "latents" are those of all frames, (n, c, h, w).
+            follow: the frames are those of a video, and places that optical flow finds to be the same move alike, if
+                frames are of one size.
             stack: start, masks; see `csd_2d.image_set.ImageStack`.
 
         Raises:
@@ -193,12 +199,20 @@ class CsdVideoPipeline(CsdPipeline):
         """
         config = _settings(config, num_inference_steps, guidance_scale, image_guidance_scale, generator)
         _check_output(output_type)
-        images = ImageStack([_tensor(frame) for frame in frames], self.prior, **stack)
+        sources = [_tensor(frame) for frame in frames]
+        find = self._followed(sources, config) if follow else None
+        images = ImageStack(sources, self.prior, correspondence=find, **stack)
         stacked = images.particles
         self._run(stacked, images.layout, stacked.latents, prompt, config, callback_on_step_end, progress, resume)
         if output_type == "latent":
             return VideoOutput(list(stacked.render(range(len(stacked))).detach()))
         return VideoOutput([_output(frame, output_type) for frame in images.decode()])
+
+    def _followed(self, frames: list[Tensor], config: EditConfig) -> FindCorrespondence | None:
+        sizes = [frame.shape[-2:] for frame in frames]
+        if len({*sizes}) != 1:
+            return None
+        return followed(frames, self.prior, common_size(sizes, self.prior.cell), config)
 
 
 def _settings(

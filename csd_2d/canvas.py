@@ -7,8 +7,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from csd_2d.correspondence import Correspondence
-from csd_2d.correspondence.windows import window_correspondence
 from csd_2d.particles import Layout, standard_normal
 from csd_2d.tiles import fading, window_positions
 
@@ -45,9 +43,9 @@ class CanvasCrops:
         blend_regions: False: as published, a prompt's share of a crop is the part of the crop its region covers
             (arXiv 2307.04787, appendix B.1). True: each cell has its own shares.
         wrap: the left and the right border are neighbors.
-        fade: False: as published, there is one grid, of which a step takes a third; crops count alike, and the gradient
-            of a cell is divided by the number of rendered crops that cover it. Cells near the canvas's border then move
-            less often, and crops leave seams.
+        fade: False: as published, there is one grid; crops count alike, and the gradient of a cell is divided by the
+            number of rendered crops that cover it. Cells near the canvas's border then move less often, where a step
+            takes some of the crops, and crops leave seams.
 
     Raises:
         ValueError: if the window does not fit or the stride would leave cells uncovered.
@@ -103,9 +101,7 @@ class CanvasCrops:
         """How the crops belong together."""
         return Layout(
             rounds=self._grids,
-            batch=0 if self._fade else -(-len(self) // 3),
             shares=None if self._regions is None else self._shares,
-            correspondence=self._correspondence,
             canvas_noise=self._canvas_noise,
         )
 
@@ -147,9 +143,6 @@ class CanvasCrops:
 
     def _canvas_noise(self, indices: Sequence[int], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
         return self._crops(standard_normal(self.canvas.shape, generator, self.canvas), indices)
-
-    def _correspondence(self, indices: Sequence[int]) -> Correspondence:
-        return window_correspondence([self.corners[i] for i in indices], self.canvas.shape[-1] if self._wrap else None)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return [self.canvas]

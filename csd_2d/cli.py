@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import tyro
 
 from csd_2d import ranks
-from csd_2d.config import RENAMED, EditConfig
+from csd_2d.config import EditConfig
 from csd_2d.errors import one_sentence
 from csd_2d.generate import GENERATE, generate
 from csd_2d.io.images import IMAGE_SUFFIXES, read_image, write_image
@@ -256,7 +255,7 @@ class Video:
             before, after = flicker(source.frames, edited.frames, len(source.frames), device=device)
         except ImportError:  # no optical flow
             return
-        hint = "; --transport both lowers it, and --keyframes 4" if after > before and self.keyframes == 1 else ""
+        hint = "; --keyframes 4 lowers it" if after > before and self.keyframes == 1 else ""
         print(f"flicker: {after:.1f} gray levels, the source's {before:.1f}{hint}")
 
 
@@ -338,9 +337,9 @@ class Demo:
     seed: int = 0
     """Seed of the training and of the edit."""
     preset: str = "default"
-    """Settings of the edit: a name in configs/, such as `color`, or a .yaml file."""
+    """Settings of the edit: a name in configs/, such as `paper`, or a .yaml file."""
     guidance_scale: float | None = None
-    """Text guidance scale omega_y. Default: the tiny model's, 2; with `--preset color` better 1."""
+    """Text guidance scale omega_y. Default: the tiny model's, 1."""
 
     def run(self) -> str:
         if ranks.size() > 1:
@@ -387,29 +386,15 @@ Two models to begin with: `--prior tiny` comes with csd, runs on any computer an
 """
 
 
-def _present_option(argument: str) -> str:
-    """Replace an option of version 0.1 by its present name, with a warning."""
-    name, equals, value = argument.partition("=")
-    present = RENAMED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
-    if present is None:
-        return argument
-    option = f"--{present.replace('_', '-')}"
-    print(f"csd: {name} is now called {option}.", file=sys.stderr)
-    return option + equals + value
-
-
 def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Demo:
-    arguments = [_present_option(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    arguments = sys.argv[1:] if arguments is None else arguments
     # The preset sets the defaults of other options, so it is looked up before they are parsed.
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default="default")
     preset = peek.parse_known_args(arguments)[0].preset
     todo = tyro.MISSING
-    with warnings.catch_warnings(record=True) as renamed:
-        options = Options(todo, edit=load_preset(preset))
-        generating = RunOptions(todo, edit=load_preset(preset, GENERATE))
-    for message in dict.fromkeys(str(warning.message) for warning in renamed):
-        print(f"csd: {message}", file=sys.stderr)
+    options = Options(todo, edit=load_preset(preset))
+    generating = RunOptions(todo, edit=load_preset(preset, GENERATE))
     command = tyro.cli(
         Annotated[Panorama, tyro.conf.subcommand("panorama", default=Panorama(todo, todo, options))]
         | Annotated[Video, tyro.conf.subcommand("video", default=Video(todo, todo, options))]

@@ -7,114 +7,114 @@ from csd_2d.csd import Baseline, Weight
 from csd_2d.mixing import KernelInput
 from csd_2d.particles import NoiseMode
 
-RENAMED = {
-    "together": "consensus_fraction",
-    "turn_timestep": "phase_boundary",
-    "bandwidth_scale_together": "consensus_bandwidth_scale",
+MixingMode = Literal["consensus", "svgd", "none"]
+"""What particles share: the change of colors and what corresponding places show; all, by a kernel, as published; or
+nothing."""
+Order = Literal["descending", "random"]
+"""Order of the timesteps."""
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, 10**6),
+    "lr": (1e-8, 1e4),
+    "lr_decay": (1e-3, 1),
+    "lr_decay_every": (1, 10**6),
+    "batch": (1, 10**6),
+    "guidance_scale": (0, 1000),
+    "image_guidance_scale": (0, 1000),
+    "min_timestep": (0, 1),
+    "consensus_timestep": (0, 1),
+    "max_timestep": (0, 1),
+    "bandwidth_scale": (1e-12, 1e12),
+    "seed": (0, 2**40),
 }
-"""Settings of version 0.1 and their present names; the old ones still work on the command line and in presets."""
+_OPTIONAL = {"lr", "batch", "guidance_scale", "image_guidance_scale"}
+_WHOLE = {"steps", "lr_decay_every", "batch", "seed"}
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "schedule": get_args(Order),
+    "baseline": get_args(Baseline),
+    "mixing": get_args(MixingMode),
+    "correspondence": (True, False),
+    "kernel_input": get_args(KernelInput),
+    "normalize_rows": (True, False),
+    "noise": get_args(NoiseMode),
+    "weight": get_args(Weight),
+}
 
 
 @dataclass(frozen=True)
 class EditConfig:
     """Settings of one edit; `load_preset` reads other sets of defaults."""
 
-    steps: int = 200
-    """Optimizer steps (paper: 200)."""
-    lr: float = 1.0
-    """Learning rate of SGD on the latents."""
-    lr_decay: float = 0.9
+    steps: int = 30
+    """Optimizer steps (paper: 200). Every particle takes part in each, unless `batch` says otherwise."""
+    lr: float | None = None
+    """Learning rate of SGD on the latents (paper: 2). Default: 27 / steps, but at most 1, so that more steps average
+    over more noise and go no further."""
+    lr_decay: float = 1.0
     """Factor on the learning rate every `lr_decay_every` steps (authors' code: 0.9)."""
     lr_decay_every: int = 20
     """Steps between two decays of the learning rate (authors' code: 20)."""
-    consensus_fraction: float = 0.8
-    """Share of the steps that make the first phase, consensus. In it all particles move together (if they do not fit
-    in memory, as many at a time as do), under noise that leaves the answer open. In the second phase, refinement, each
-    follows its own score, under noise too weak to change the answer. 0: no first phase, as published."""
     batch: int | None = None
-    """Particles drawn for a step of the second phase; 0 takes all of them. Default: a third of the frames or views, but
-    8 at least (paper: 4 of 12 crops); of a canvas as many crops as cover it. Fewer make a step cheaper, but each
-    particle then takes part in fewer steps."""
+    """Particles drawn at random for a step (paper: 4 of 12). Default: all, or of a canvas as many crops as cover it."""
     guidance_scale: float | None = None
     """Text guidance scale omega_y. Default: the prior's."""
     image_guidance_scale: float | None = None
     """Image guidance scale omega_s. Default: the prior's."""
-    schedule: Literal["random", "descending"] = "random"
-    """How timesteps are drawn from a phase's range: at random, as published, or descending from the largest."""
+    schedule: Order = "descending"
+    """Order of the timesteps: descending from `max_timestep` to `min_timestep`, slowly at first, or random, as
+    published."""
     min_timestep: float = 0.02
     """Smallest timestep, as a share of the noise schedule (authors' code: 0.02)."""
-    phase_boundary: float = 0.5
-    """Largest timestep of the second phase and smallest of the first, as a share of the noise schedule (paper: 0.5)."""
     max_timestep: float = 0.98
-    """Largest timestep of the first phase, as a share of the noise schedule."""
+    """Largest timestep, as a share of the noise schedule (authors' code: 0.5)."""
     baseline: Baseline = "image"
     """Subtracted from the guided estimate: CSD-Edit's image-conditional estimate, SDS's noise, or nothing."""
-    svgd: bool = True
-    """Mix the particles' scores by the kernel. Off: every particle follows its own score."""
-    consensus: Literal["mean", "color"] = "mean"
-    """What particles share in the first phase: the mean of their scores, pixel by pixel, or the change of colors of the
-    most typical one, while all else stays each one's own."""
+    mixing: MixingMode = "consensus"
+    """What particles share. consensus: under strong noise all change their colors as the most typical of them does, and
+    corresponding places move alike; the rest of each score stays its own. svgd: all scores, mixed by a kernel, as
+    published. none: nothing."""
+    consensus_timestep: float = 0.75
+    """Smallest timestep of the consensus on colors, as a share of the noise schedule: weaker noise leaves no answer
+    open."""
+    correspondence: bool = True
+    """With consensus: places of two images that show the same thing move alike, where such places are known: in the
+    frames of a video (by optical flow) and the views of a scene (by depth)."""
     kernel_input: KernelInput = "clean"
-    """Latents the kernel compares: x_0, x_0 without detail (`low_pass`), or x_t as published. Independent noise hides
-    the content of the images."""
-    transport: Literal["off", "first", "second", "both"] = "off"
-    """Phases in which scores are mixed between corresponding places instead of equal pixels, where correspondences are
-    known: between frames of a video (optical flow) and crops of a panorama. Makes a video flicker less."""
+    """With svgd: latents the kernel compares, x_0, or x_t as published. Independent noise hides the content of the
+    images."""
+    bandwidth_scale: float = 1.0
+    """With svgd: factor on the median bandwidth. Large: all particles move together."""
+    normalize_rows: bool = True
+    """With svgd: divide kernel rows by their sum, so that step size does not depend on the number of particles."""
     noise: NoiseMode = "independent"
     """How noise is drawn in one step: a map for each particle, one for all, or crops of one map of the canvas."""
-    consensus_bandwidth_scale: float = 1000.0
-    """Factor on the median bandwidth in the first phase. Large: all particles move together."""
-    bandwidth_scale: float | None = None
-    """Factor on the median bandwidth in the second phase. None: 0.01, so small that each particle follows its own
-    score; 10 where corresponding places are mixed."""
-    weight: Weight = "noise"
+    weight: Weight = "image"
     """Units of a step: of noise, as published, or of the image. In units of the image a step takes the share lr w(t) of
     the way to the model's present estimate."""
-    normalize_rows: bool = True
-    """Divide kernel rows by their sum, so that step size does not depend on the number of particles."""
     seed: int = 0
     """Seed of timesteps, noise and the choice of particles."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("steps", 1, 10**6),
-            ("lr", 1e-8, 1e4),
-            ("lr_decay", 1e-3, 1),
-            ("lr_decay_every", 1, 10**6),
-            ("batch", 0, 10**6),
-            ("guidance_scale", 0, 1000),
-            ("image_guidance_scale", 0, 1000),
-            ("consensus_fraction", 0, 1),
-            ("min_timestep", 0, 1),
-            ("phase_boundary", 0, 1),
-            ("max_timestep", 0, 1),
-            ("bandwidth_scale", 1e-12, 1e12),
-            ("consensus_bandwidth_scale", 1e-12, 1e12),
-            ("seed", 0, 2**40),
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("batch", "guidance_scale", "image_guidance_scale", "bandwidth_scale"):
-                continue
-            kind = int if name == "batch" or isinstance(getattr(type(self), name), int) else int | float
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # NaN, too
-                whole = "a whole number " if kind is int else ""
-                raise ValueError(f"{name} must be {whole}from {low} to {high}, got {value}.")
-        for name, choices in (
-            ("baseline", get_args(Baseline)),
-            ("kernel_input", get_args(KernelInput)),
-            ("transport", ("off", "first", "second", "both")),
-            ("noise", get_args(NoiseMode)),
-            ("schedule", ("random", "descending")),
-            ("consensus", ("mean", "color")),
-            ("weight", get_args(Weight)),
-            ("svgd", (True, False)),
-            ("normalize_rows", (True, False)),
-        ):
+        for name, bounds in _RANGES.items():
+            _check_number(name, getattr(self, name), *bounds)
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(self, name)}.")
-        timesteps = (self.min_timestep, self.phase_boundary, self.max_timestep)
-        if sorted(timesteps) != list(timesteps):
+        if self.min_timestep > self.max_timestep:
             raise ValueError(
-                "min_timestep must not exceed phase_boundary, nor that max_timestep; "
-                f"got {', '.join(map(str, timesteps))}."
+                f"min_timestep must not exceed max_timestep; got {self.min_timestep} and {self.max_timestep}."
             )
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate, `lr` or its default."""
+        return min(27 / self.steps, 1.0) if self.lr is None else self.lr
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    whole = name in _WHOLE
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # type: ignore[operator]  # NaN is not in any range
+        raise ValueError(f"{name} must be {'a whole number ' if whole else ''}from {low} to {high}, got {value}.")

@@ -37,13 +37,13 @@ class Edit(EditLoss):
         self, particles: Particles, prior: Prior, prompt: Prompt, config: EditConfig | None = None, **options: Any
     ) -> None:
         super().__init__(particles, prior, prompt, config, **options)
-        self._optimizer = torch.optim.SGD(particles.parameters(), lr=self.config.lr)
+        self._optimizer = torch.optim.SGD(particles.parameters(), lr=self.config.learning_rate)
         self._scheduler = StepLR(self._optimizer, self.config.lr_decay_every, self.config.lr_decay)
 
     @property
     def done(self) -> bool:
         """All steps of the configuration were taken. More may follow."""
-        return self.index >= self.config.steps
+        return self.index >= self.steps
 
     def step(self) -> Step:
         """Take one step.
@@ -65,8 +65,8 @@ class Edit(EditLoss):
         if all(bool(p.isfinite().all()) for p in self.particles.parameters() if p.grad is not None):
             return
         raise NonFiniteError(
-            f"latents are not finite after step {step.index + 1} of {self.config.steps} (timestep {step.timestep}); "
-            f"lower lr (now {self.config.lr}) or the guidance scales (now "
+            f"latents are not finite after step {step.index + 1} of {self.steps} (timestep {step.timestep}); "
+            f"lower lr (now {self.config.learning_rate:.3g}) or the guidance scales (now "
             f"{' and '.join(map(str, self.guidance.values()))})."
         )
 
@@ -123,7 +123,7 @@ def edit(
         resume: file that keeps the state of the edit, in case it is interrupted; written twice a minute, and at the
             end. If it exists the edit continues from it and ends as if it had never stopped, even with a different
             number of processes. Delete it once the result is saved.
-        options: layout, kernel, mixing; see `Edit`.
+        options: layout, mixing; see `Edit`.
 
     Raises:
         ValueError: as `Edit` raises, or if `resume` holds the state of another edit.
@@ -133,7 +133,7 @@ def edit(
     run = Edit(particles, prior, prompt, config, **options)
     state = None if resume is None else ProgressFile(Path(resume), run)
     silent = progress is None or ranks.rank() > 0
-    with tqdm(desc=progress, disable=silent, unit="step", initial=run.index, total=run.config.steps) as bar:
+    with tqdm(desc=progress, disable=silent, unit="step", initial=run.index, total=run.steps) as bar:
         interrupted = False
         while not (run.done or interrupted):
             interrupted = _take_step(run, state, on_step)

@@ -17,10 +17,12 @@ from csd_2d.loss import Prompt, check_prompt
 from csd_2d.panorama import check_wrap, crop_circular, pad_circular, stripes
 from csd_2d.prior import Prior
 
-GENERATE = EditConfig(steps=500, consensus_fraction=0.0, phase_boundary=0.98, baseline="noise", bandwidth_scale=1.0)
-"""Defaults of `generate`: one phase over the whole noise schedule and the median bandwidth of arXiv 2307.04787, eq. 8.
+GENERATE = EditConfig(
+    steps=500, lr=1.0, lr_decay=0.9, schedule="random", mixing="svgd", weight="noise", baseline="noise"
+)
+"""Defaults of `generate`: SVGD with the median bandwidth (arXiv 2307.04787, eq. 8), over the whole noise schedule.
 
-There is no consensus phase: crops of one picture should fit together, not look alike.
+There is no consensus: crops of one picture should fit together, not look alike.
 """
 
 

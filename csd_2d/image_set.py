@@ -11,10 +11,10 @@ from torch import Tensor
 from csd_2d import ranks
 from csd_2d.cells import cell_mask, common_size, pad
 from csd_2d.config import EditConfig
-from csd_2d.correspondence.flow import FrameFlows
 from csd_2d.csd import Step
 from csd_2d.edit import edit
 from csd_2d.latents import LatentStack
+from csd_2d.mixing import FindCorrespondence
 from csd_2d.particles import Layout
 from csd_2d.prior import Prior
 
@@ -29,11 +29,11 @@ class ImageStack:
         images: the sources, RGB in [0, 1].
         start: images to start from, of the same sizes (a scene's present renders); default: the sources.
         masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. Default: all.
-        follow: the images are frames of one video, and optical flow tells where they show the same things.
+        correspondence: finds which places of some images show the same thing, see `Layout`; default: not known. Of
+            frames of a video, `csd_2d.correspondence.flow.FrameFlows` does.
 
     Raises:
         ValueError: if there are no images, or masks do not fit them.
-        ImportError: if flow is wanted and cannot be estimated, see `optical_flow`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ImageStack:
         prior: Prior,
         start: Sequence[Float[Tensor, "3 _ _"]] | None = None,
         masks: Sequence[Float[Tensor, "1 _ _"]] | None = None,
-        follow: bool = False,
+        correspondence: FindCorrespondence | None = None,
     ) -> None:
         if not images:
             raise ValueError("there are no images to edit.")
@@ -50,16 +50,12 @@ class ImageStack:
             raise ValueError("there must be one mask for each image, of its size.")
         self._prior, self._size = prior, common_size([image.shape[-2:] for image in images], prior.cell)
         self._images, self._masks = images, masks
-        flows = None
-        if follow:
-            frames = [pad(image[None], *self._size)[0] for image in images]
-            flows = FrameFlows(frames, prior.cell, prior.device, ranks.shared_map)
         self.particles = LatentStack(
             self._encoded(prior.encode, images),
             start=None if start is None else self._encoded(prior.encode, start),
             mask=None if masks is None else self._encoded(lambda mask: cell_mask(mask, prior.cell), masks),
         )
-        self.layout = Layout(correspondence=None if flows is None else flows.correspondence)
+        self.layout = Layout(correspondence=correspondence)
 
     @torch.no_grad()
     def _encoded(self, encode: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> Tensor:
@@ -92,13 +88,13 @@ def edit_images(
 
     Args:
         config, on_step, progress, resume: see `csd_2d.edit.edit`.
-        stack: start, masks, follow; see `ImageStack`.
+        stack: start, masks, correspondence; see `ImageStack`.
 
     Returns:
         The edited images on the CPU, in the sources' sizes.
 
     Raises:
-        ValueError, ImportError: as `ImageStack` and `edit` raise.
+        ValueError: as `ImageStack` and `edit` raise.
     """
     edited = ImageStack(images, prior, **stack)
     edit(edited.particles, prior, prompt, config, on_step, progress, resume, layout=edited.layout)

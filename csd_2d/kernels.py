@@ -74,17 +74,3 @@ class RBFKernel:
         gram = particles.new_ones(count, count)
         gram[i, j] = gram[j, i] = (-pairs / h).exp()
         return KernelMatrix(gram, gram * (2 / h))
-
-
-def low_pass(particles: Float[Tensor, "n c h w"], block: int = 4) -> Float[Tensor, "n c h w"]:
-    """Replace the cells of particles by the mean of their block, so that a kernel does not compare detail.
-
-    An orthogonal projection Q: the gradient of k(Q x_j, Q x_i) with respect to x_j is the one with respect to Q x_j,
-    and SVGD needs nothing else to be changed.
-
-    Args:
-        block: side of a block, in cells; those at the bottom and right border may be smaller.
-    """
-    height, width = particles.shape[-2:]
-    means = F.avg_pool2d(particles, block, ceil_mode=True, count_include_pad=False)
-    return means.repeat_interleave(block, -2).repeat_interleave(block, -1)[..., :height, :width]

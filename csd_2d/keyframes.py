@@ -7,11 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.correspondence.flow import optical_flow, visible, warp
+from csd_2d.correspondence.flow import likeness, optical_flow, visible, warp
 
 Image = Float[Tensor, "3 H W"]
-ALIKE = 0.04
-"""Difference in color, in [0, 1], at which two pixels no longer count as the same thing."""
 
 
 def key_indices(count: int, every: int) -> list[int]:
@@ -81,8 +79,7 @@ def _change_between(index: int, frame: Image, before: _Key, after: _Key) -> Imag
     for key, nearness in ((before, 1 - share), (after, share)):
         flow = optical_flow(frame, key.source)
         seen = visible(flow, optical_flow(key.source, frame))
-        difference = (frame - warp(key.source, flow)).square().mean(0)
-        weight = nearness * seen * (-difference / (2 * ALIKE**2)).exp()
+        weight = nearness * seen * likeness(frame, warp(key.source, flow))
         total += weight * warp(key.change, flow)
         weights += weight
     return total / weights

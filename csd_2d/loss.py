@@ -12,10 +12,9 @@ from torch import Tensor
 from csd_2d import ranks
 from csd_2d.config import EditConfig
 from csd_2d.csd import Mixing, NoisedParticles, Step, csd_step, edit_residual
-from csd_2d.kernels import Kernel
 from csd_2d.particles import Layout, Particles, noise_source
-from csd_2d.phases import Phases
 from csd_2d.prior import Prior
+from csd_2d.schedule import Schedule
 
 Prompt = str | Sequence[str]
 """One instruction, or several, each of which applies somewhere (`Layout.shares`)."""
@@ -30,7 +29,7 @@ def check_prompt(prompt: Prompt) -> list[str]:
 
 
 def _name(rule: Any) -> str:
-    """Name a kernel or a mixing, with its settings if it is a dataclass; alike in all processes."""
+    """Name a mixing, with its settings if it is a dataclass; alike in all processes."""
     return repr(rule) if rule is None or is_dataclass(rule) else getattr(rule, "__qualname__", type(rule).__qualname__)
 
 
@@ -44,9 +43,7 @@ class EditLoss:
         prompt: the instruction, e.g. "make it night", or several; see `Prompt`.
         config: default `EditConfig()`.
         layout: how the particles belong together. Default: each is an image of its own.
-        kernel: compares particles, in both phases, in place of RBF kernels with the bandwidths of `config`.
-        mixing: mixes scores, in both phases, in place of SVGD; `config`'s svgd, kernel_input, normalize_rows, transport
-            and bandwidths then have no effect.
+        mixing: mixes scores in all steps, in place of the rule that `config` names.
 
     Raises:
         ValueError: if a prompt is empty or unknown to the prior, or `config` and `layout` do not fit together.
@@ -60,13 +57,10 @@ class EditLoss:
         config: EditConfig | None = None,
         *,
         layout: Layout | None = None,
-        kernel: Kernel | None = None,
         mixing: Mixing | None = None,
     ) -> None:
         self.particles, self.prior, self.config = particles, ranks.share_rows(prior), config or EditConfig()
-        if kernel is not None and (mixing is not None or not self.config.svgd):
-            raise ValueError("a kernel has no effect with a mixing, or with svgd off; leave one of them out.")
-        self._names = [type(prior).__name__, *map(_name, (kernel, mixing))]
+        self._names = [type(prior).__name__, _name(mixing)]
         self.layout = layout or Layout()
         self.guidance = {
             name: getattr(prior if getattr(self.config, name) is None else self.config, name)
@@ -77,9 +71,11 @@ class EditLoss:
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self._draw_noise = noise_source(self.config.noise, self.layout)
         elements = particles.source([0]).numel()
-        self._phases = Phases(
-            self.config, self.layout, len(particles), elements, prior.num_timesteps, self._generator, kernel, mixing
+        self._schedule = Schedule(
+            self.config, self.layout, len(particles), elements, prior.num_timesteps, self._generator, mixing
         )
+        self.steps = self._schedule.steps
+        """Steps of the configuration; more if a step would not fit in memory, see `Schedule`."""
         self.prompts: list[tuple[int, list[str]]] = []
         """Prompts so far, each with the step from which on it holds."""
         self.prompt = prompt
@@ -103,15 +99,15 @@ class EditLoss:
 
     def next(self) -> tuple[Float[Tensor, ""], Step]:
         """Compute the next step's loss, whose gradient with respect to the particles is -w(t) phi, w(t) = sigma^2."""
-        phase = self._phases.of_step(self.index)
+        schedule = self._schedule
         loss, step = csd_step(
             self.particles,
-            next(phase.batches),
+            next(schedule.batches),
             self.prior,
-            self._phases.timesteps(self.index),
+            schedule.timesteps(self.index),
             self._draw_noise,
             self._residual,
-            phase.mix,
+            schedule.mix,
             self._generator,
             self.config.weight,
             self.index,
@@ -120,7 +116,7 @@ class EditLoss:
         return loss, step
 
     def _residual(self, noised: NoisedParticles) -> Float[Tensor, "n c h w"]:
-        """Compute `edit_residual`, for `Phases.rows_at_once` particles at a time."""
+        """Compute `edit_residual`, for `Schedule.rows_at_once` particles at a time."""
         shares = self.layout.shares
         parts = [
             edit_residual(
@@ -135,12 +131,12 @@ class EditLoss:
                 baseline=self.config.baseline,
                 shares=None if shares is None else shares(part.indices),
             )
-            for part in noised.split(self._phases.rows_at_once * ranks.size())
+            for part in noised.split(self._schedule.rows_at_once * ranks.size())
         ]
         return torch.cat(parts)
 
     def fingerprint(self) -> str:
-        """Hash settings, first prompt, prior, kernel and mixing, which tell edits apart; not the particles."""
+        """Hash settings, first prompt, prior and mixing, which tell edits apart; not the particles."""
         (_, prompts), *_ = self.prompts
         digest = hashlib.sha256(repr((self.config, prompts, self.guidance, self._names)).encode())
         # Models of one family differ in how they encode a prompt; the analytic prior makes it a list of functions.
@@ -156,7 +152,7 @@ class EditLoss:
             "index": self.index,
             "prompts": [(index, list(prompts)) for index, prompts in self.prompts],
             "generator": self._generator.get_state(),
-            "batches": self._phases.state_dict(),
+            "batches": self._schedule.batches.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,4 +161,4 @@ class EditLoss:
         self.prompts = [(index, list(prompts)) for index, prompts in state["prompts"]]
         self._text = self.prior.encode_text(self.prompt)
         self._generator.set_state(state["generator"])
-        self._phases.load_state_dict(state["batches"])
+        self._schedule.batches.load_state_dict(state["batches"])

@@ -1,4 +1,4 @@
-"""Mix the scores of particles: by SVGD, between corresponding places, or not at all."""
+"""Mix the scores of particles: by SVGD, by consensus on colors and places, or not at all."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.correspondence import Correspondence
-from csd_2d.csd import NoisedParticles
-from csd_2d.kernels import Kernel, KernelMatrix, RBFKernel, low_pass
+from csd_2d.csd import Mixing, NoisedParticles
+from csd_2d.kernels import Kernel, KernelMatrix, RBFKernel
 
-KernelInput = Literal["clean", "low_pass", "noisy"]
-"""Latents a kernel compares: x_0, x_0 without detail, or x_t as published."""
+KernelInput = Literal["clean", "noisy"]
+"""Latents a kernel compares: x_0, or x_t as published."""
+
+FindCorrespondence = Callable[[Sequence[int]], Correspondence]
+"""Finds the correspondence of some particles, given by their indices."""
 
 
 def svgd_direction(
@@ -70,52 +73,6 @@ def _stein(
     return (gram @ scores + repulsion) / norm
 
 
-def corresponding_direction(
-    scores: Float[Tensor, "n c h w"],
-    particles: Float[Tensor, "n c h w"],
-    changes: Float[Tensor, "n c h w"],
-    kernel: KernelMatrix,
-    correspondence: Correspondence,
-    normalize_rows: bool = False,
-) -> Float[Tensor, "n c h w"]:
-    """Compute `svgd_direction` between corresponding places instead of equal pixels.
-
-    With a correspondence T, s_j(p) and x_j(p) of place p in particle i become T_ji(s_j)(p) and T_ji(x_j)(p); terms in
-    which place p is not valid are left out. Mixed scores correct the errors that all particles share, but not the
-    deviation of one particle from the others. Therefore the changes c that the scores point at are mixed, relative to
-    the receiver: T_ji(s_j + c_j) - c_i.
-
-    Args:
-        changes: how far each particle is from its source, in the units of its score.
-        kernel: of the particles as vectors.
-        normalize_rows: divide by the sum, instead of the number, of the terms that are valid in each place.
-    """
-    rows = [
-        _corresponding_row(scores, particles, changes, *row, correspondence, normalize_rows, receiver)
-        for receiver, row in enumerate(zip(*kernel, strict=True))
-    ]
-    return torch.stack(rows)
-
-
-def _corresponding_row(
-    scores: Float[Tensor, "n c h w"],
-    particles: Float[Tensor, "n c h w"],
-    changes: Float[Tensor, "n c h w"],
-    gram: Float[Tensor, " n"],
-    repulsion_weight: Float[Tensor, " n"],
-    correspondence: Correspondence,
-    normalize_rows: bool,
-    receiver: int,
-) -> Float[Tensor, "c h w"]:
-    """Compute phi of one particle; one at a time, so that memory stays O(N d)."""
-    moved, valid = correspondence(torch.cat([scores + changes, particles], 1), receiver)
-    aim, x = moved.chunk(2, 1)
-    weights = gram[:, None, None, None] * valid
-    repulsion = (repulsion_weight[:, None, None, None] * valid * (particles[receiver] - x)).sum(0)
-    norm = (weights if normalize_rows else valid).sum(0)
-    return ((weights * (aim - changes[receiver])).sum(0) + repulsion) / norm
-
-
 @dataclass(frozen=True)
 class SVGD:
     """Mix scores by Stein variational gradient descent (a `csd_2d.csd.Mixing`)."""
@@ -124,22 +81,40 @@ class SVGD:
     kernel_input: KernelInput = "clean"
     normalize_rows: bool = False
     """See `svgd_direction`."""
-    correspondence: Callable[[Sequence[int]], Correspondence] | None = None
-    """Finds the correspondence of some particles, by their indices. None: equal pixels correspond."""
 
     def __call__(
         self, scores: Float[Tensor, "n c h w"], noised: NoisedParticles
     ) -> tuple[Float[Tensor, "n c h w"], KernelMatrix]:
-        compared = {"clean": lambda: noised.x_0, "low_pass": lambda: low_pass(noised.x_0), "noisy": lambda: noised.x_t}
-        x, s = _as_vectors(scores, compared[self.kernel_input]())
+        x, s = _as_vectors(scores, noised.x_0 if self.kernel_input == "clean" else noised.x_t)
         kernel = self.kernel(x)
-        if self.correspondence is None:
-            return _stein(s, x, kernel, self.normalize_rows).view_as(scores), kernel
-        # A score s of x_t = alpha x_0 + sigma noise points at x_0 + sigma / alpha s.
-        changes = noised.alpha / noised.sigma * (noised.x_0 - noised.source)
-        correspondence = self.correspondence(noised.indices)
-        s, x = s.view_as(scores), x.view_as(scores)
-        return corresponding_direction(s, x, changes, kernel, correspondence, self.normalize_rows), kernel
+        return _stein(s, x, kernel, self.normalize_rows).view_as(scores), kernel
+
+
+def change_so_far(noised: NoisedParticles) -> Float[Tensor, "n c h w"]:
+    """Compute how far particles are from their sources, in the units of their scores.
+
+    A score s of x_t = alpha x_0 + sigma noise points at x_0 + (sigma / alpha) s. Score plus change so far is a
+    particle's *aim*: the whole change of its source that the model asks for.
+    """
+    return noised.alpha / noised.sigma * (noised.x_0 - noised.source)
+
+
+@dataclass(frozen=True)
+class PlaceConsensus:
+    """Let places that show the same thing move alike (a `csd_2d.csd.Mixing`).
+
+    Aims (see `change_so_far`) are averaged over corresponding places, not scores: a mean of scores corrects the errors
+    that all particles share, but leaves the deviation of one particle from the others. Where a place is seen once, its
+    score stays its own.
+    """
+
+    find: FindCorrespondence
+
+    def __call__(
+        self, scores: Float[Tensor, "n c h w"], noised: NoisedParticles
+    ) -> tuple[Float[Tensor, "n c h w"], None]:
+        change = change_so_far(noised)
+        return self.find(noised.indices)(scores + change) - change, None
 
 
 @dataclass(frozen=True)
@@ -166,10 +141,10 @@ class ColorConsensus:
     ) -> tuple[Float[Tensor, "n c h w"], KernelMatrix]:
         source, count = noised.source, len(scores)
         colors = torch.cat([source, torch.ones_like(source[:, :1])], 1).flatten(2).mT
-        aims = (scores + noised.alpha / noised.sigma * (noised.x_0 - source)).flatten(2).mT
+        aims = (scores + change_so_far(noised)).flatten(2).mT
         moments, products = colors.mT @ colors, colors.mT @ aims
-        average = moments.mean(0)
-        # Images of few colors do not determine a map: a thousandth of the average keeps it bounded.
+        # Gray images, or those of one color, do not determine a map, not even all together.
+        average = moments.mean(0) + 1e-3 * torch.eye(colors.shape[-1]).to(moments) * colors.shape[1]
         own = torch.linalg.solve(moments + 1e-3 * average, products)
         leader = most_typical(own, average)
         passed_on = torch.linalg.solve(moments[leader] + self.ridge * average, products[leader])
@@ -196,3 +171,18 @@ def most_typical(maps: Float[Tensor, "n a b"], moments: Float[Tensor, "a a"]) ->
 def own_scores(scores: Float[Tensor, "n c h w"], noised: NoisedParticles) -> tuple[Float[Tensor, "n c h w"], None]:
     """Let every particle follow its own score (a `csd_2d.csd.Mixing`): SVGD switched off."""
     return scores, None
+
+
+def chained(*rules: Mixing) -> Mixing:
+    """Apply several rules, each to what the one before it returned. The first kernel matrix is passed on."""
+
+    def mix(
+        scores: Float[Tensor, "n c h w"], noised: NoisedParticles
+    ) -> tuple[Float[Tensor, "n c h w"], KernelMatrix | None]:
+        kernels = []
+        for rule in rules:
+            scores, kernel = rule(scores, noised)
+            kernels.append(kernel)
+        return scores, next((kernel for kernel in kernels if kernel is not None), None)
+
+    return mix

@@ -41,13 +41,11 @@ class Layout:
 
     rounds: list[list[int]] | None = None
     """Sets of particles each of which covers all there is to edit, such as grids of crops. Default: one of all."""
-    batch: int | None = None
-    """Particles a step draws unless `EditConfig.batch` says otherwise; 0: a whole round. Default: a third of them, but
-    8 at least (paper: 4 of 12)."""
     shares: Callable[[Sequence[int]], Float[Tensor, "n prompts _ _"]] | None = None
     """Finds the share of each of several prompts in some particles, see `edit_residual`. Default: there is one."""
     correspondence: Callable[[Sequence[int]], Correspondence] | None = None
-    """Finds which places of some particles show the same thing. Default: not known."""
+    """Finds which places of some particles show the same thing. Default: not known, as of crops, whose common cells
+    are one."""
     canvas_noise: Callable[[Sequence[int], torch.Generator], Float[Tensor, "n c h w"]] | None = None
     """Draws noise for some particles from one map of the whole canvas. Default: there is no canvas."""
 

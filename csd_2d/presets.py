@@ -1,6 +1,5 @@
 """Presets: sets of settings by name, or from a YAML file."""
 
-import warnings
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from csd_2d.config import RENAMED, EditConfig
+from csd_2d.config import EditConfig
 
 
 def preset_names() -> list[str]:
@@ -32,12 +31,6 @@ def load_preset(name: str, defaults: EditConfig | None = None) -> EditConfig:
     """
     settings = _read_preset(name)
     settings.pop("scene", None)
-    for old, new in RENAMED.items():
-        if old in settings:
-            if new in settings:
-                raise ValueError(f"preset {name} cannot be used: it sets both {old} and {new}, which are the same.")
-            warnings.warn(f"preset {name}: {old} is now called {new}.")  # noqa: B028  once, not for each caller
-            settings[new] = settings.pop(old)
     try:
         return replace(defaults or EditConfig(), **settings)
     except (TypeError, ValueError) as error:

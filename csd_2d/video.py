@@ -1,6 +1,6 @@
 """Videos: frames as particles. One frame at a time is in memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,13 @@ from tqdm.auto import tqdm
 from csd_2d import ranks
 from csd_2d.cells import cell_mask, common_size, pad
 from csd_2d.config import EditConfig
-from csd_2d.correspondence.flow import FrameFlows, check_flow
+from csd_2d.correspondence.flow import FrameFlows, check_flow, flow_is_available
 from csd_2d.csd import Step
 from csd_2d.edit import edit
 from csd_2d.io.video import Clip, Size, Streamed
 from csd_2d.keyframes import key_indices, propagate
 from csd_2d.latents import MappedStack, TensorFile
+from csd_2d.mixing import FindCorrespondence
 from csd_2d.particles import Layout
 from csd_2d.prior import Prior
 
@@ -36,8 +37,8 @@ def edit_video(
 ) -> Clip:
     """Edit all frames of a clip together; sizes, times and sound stay.
 
-    Frames are read one at a time, and latents lie in files: only the frames of one step are in memory. Only for
-    `config.transport`, which needs their optical flow, all of them are.
+    Frames are read one at a time, and latents and optical flow lie in files: in memory are the latents of one step, and
+    a few frames.
 
     Args:
         masks, config, on_step, progress, resume: see `csd_2d.image_set.edit_images`.
@@ -60,13 +61,13 @@ def edit_video(
         raise ValueError(f"there must be one mask for each frame, got {len(masks)} for {len(sizes)} frames.")
     keys = list(range(len(sizes))) if keyframes == 1 else _checked_keys(sizes, keyframes)
     size = common_size(sizes, prior.cell)
-    flows = None
-    if config is not None and config.transport != "off":
-        keyed = {*keys}
-        frames = [pad(frame[None], *size)[0] for index, frame in enumerate(clip.frames) if index in keyed]
-        flows = FrameFlows(frames, prior.cell, prior.device, ranks.shared_map)
+    config = config or EditConfig()
     stack = _encoded(clip.frames, masks, keys, prior, size, progress, scratch)
-    layout = Layout(correspondence=None if flows is None else flows.correspondence)
+    silent = progress is None or ranks.rank() > 0
+    bar = tqdm(clip.frames, "optical flow", disable=silent, leave=False, unit="frame")
+    keyed = (frame for index, frame in enumerate(bar) if index in {*keys})
+    find = None if len({*sizes}) > 1 else followed(keyed, prior, size, config, TensorFile(scratch))
+    layout = Layout(correspondence=find)
     edit(stack, prior, prompt, config, on_step, progress, resume, layout=layout)
 
     @torch.no_grad()
@@ -83,6 +84,25 @@ def edit_video(
         return (torch.lerp(*rows) for rows in zip(clip.frames, all_frames(), masks, strict=True))
 
     return replace(clip, frames=Streamed(sizes, masked))
+
+
+def followed(
+    frames: Iterable[Float[Tensor, "3 H W"]],
+    prior: Prior,
+    size: Size,
+    config: EditConfig,
+    file: TensorFile | None = None,
+) -> FindCorrespondence | None:
+    """Estimate the optical flow of a video's frames, if an edit wants any and it can be had here.
+
+    Args:
+        frames: of one size, read once; they are padded to `size`.
+        file: where the flow is kept.
+    """
+    if not (config.mixing == "consensus" and config.correspondence and flow_is_available()):
+        return None
+    padded = (pad(frame[None], *size)[0] for frame in frames)
+    return FrameFlows(padded, prior.cell, prior.device, ranks.shared_map, file).correspondence
 
 
 def _checked_keys(sizes: Sequence[Size], every: int) -> list[int]:

@@ -19,7 +19,6 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from nerfstudio.plugins.types import MethodSpecification
 from nerfstudio.utils.external import TCNN_EXISTS
 
-from csd_2d.config import EditConfig
 from csd_nerf.models import SceneModelConfig, SplatModelConfig
 from csd_nerf.pipeline import CsdEditPipelineConfig
 from csd_nerf.trainer import EditTrainerConfig, SceneTrainerConfig
@@ -121,10 +120,6 @@ csd_edit_tiny = MethodSpecification(
             datamanager=_data(rays=1024),
             model=_tiny_model(use_proposal_weight_anneal=False),
             prior="tiny",
-            edit=EditConfig(steps=60),
-            # Edit all views in one round. While only some views are edited, a small model explains the differences
-            # with geometry and loses parts of the scene.
-            views_per_round=0,
             steps_per_round=450,
         ),
         # Low learning rate for proposals: an edit changes colors, and samples should stay at the surfaces.
@@ -138,8 +133,8 @@ csd_edit_tiny = MethodSpecification(
 csd_edit = MethodSpecification(
     EditTrainerConfig(
         method_name="csd-edit",
-        steps_per_save=2000,
-        max_num_iterations=30000,
+        steps_per_save=1000,
+        max_num_iterations=3000,
         mixed_precision=True,
         machine=MachineConfig(device_type="cuda" if _HAS_GPU else "cpu"),
         pipeline=CsdEditPipelineConfig(
@@ -153,7 +148,7 @@ csd_edit = MethodSpecification(
                 use_proposal_weight_anneal=False,
             ),
         ),
-        optimizers=_optimizers(lr=1e-2, lr_final=1e-3, steps=30000),
+        optimizers=_optimizers(lr=1e-2, lr_final=1e-3, steps=3000),
         viewer=_viewer(quit_when_done=False),
         vis="viewer",
     ),
@@ -175,8 +170,8 @@ csd_edit_splat = MethodSpecification(
     EditTrainerConfig(
         method_name="csd-edit-splat",
         steps_per_eval_batch=0,
-        steps_per_save=2000,
-        max_num_iterations=30000,
+        steps_per_save=1000,
+        max_num_iterations=3000,
         machine=MachineConfig(device_type="cuda" if _HAS_GPU else "cpu"),
         pipeline=CsdEditPipelineConfig(
             datamanager=FullImageDatamanagerConfig(
@@ -191,7 +186,7 @@ csd_edit_splat = MethodSpecification(
         optimizers={
             group: {
                 "optimizer": AdamOptimizerConfig(lr=lr, eps=1e-15),
-                "scheduler": ExponentialDecaySchedulerConfig(lr_final=1.6e-6, max_steps=30000)
+                "scheduler": ExponentialDecaySchedulerConfig(lr_final=1.6e-6, max_steps=3000)
                 if group == "means"
                 else None,
             }

@@ -67,16 +67,17 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     compile: bool = False
     """Compile the diffusion model with torch.compile: faster, after first steps that take minutes."""
     edit: EditConfig = field(default_factory=EditConfig)
-    """Settings of the joint edit of a round's views. `transport` is not for scenes."""
+    """Settings of the joint edit of a round's views."""
     preset: str = "default"
-    """Source of other defaults: a name in configs/ (`paper` is the published algorithm, `fast` edits all views once,
-    `low-memory` spares the GPU), or a .yaml file. Options that differ from the method's own default win."""
-    views_per_round: int = 16
-    """Training views edited together in one round (paper: 16); 0 takes all of them. Dataset update only."""
+    """Source of other defaults: a name in configs/ (`paper` is the published algorithm, `low-memory` spares the GPU),
+    or a .yaml file. Options that differ from the method's own default win."""
+    views_per_round: int = 0
+    """Training views edited together in one round (paper: 16); 0 takes all of them. While only some views are edited,
+    a scene explains the differences with geometry and loses parts. Dataset update only."""
     view_selection: Selection = "random"
     """How the views of a round are drawn: at random (paper), spread evenly over the cameras' positions, or near each
     other, which lets far sides of a scene take different answers. All are drawn before any is drawn again."""
-    steps_per_round: int = 2000
+    steps_per_round: int = 3000
     """Training steps from one round to the next (paper: 2000). Dataset update only."""
 
     masks: Path | None = None
@@ -99,8 +100,6 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
             raise ValueError("leave --pipeline.datamanager.train-cameras-sampling-strategy at random for an edit.")
         if getattr(self.model, "use_proposal_weight_anneal", False):
             raise ValueError("use_proposal_weight_anneal would flatten the proposal weights of a trained scene.")
-        if self.edit.transport != "off":
-            raise ValueError("transport is for videos and panoramas; leave --pipeline.edit.transport at off.")
         if self.masks is not None and not self.masks.is_dir():
             raise ValueError(f"masks must be a folder, there is none at {self.masks}.")
         for name, low in (("micro_batch", 1), ("views_per_round", 0), ("steps_per_round", 1), ("film_frames", 0)):

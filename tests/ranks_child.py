@@ -80,15 +80,15 @@ def edits(model: str) -> dict[str, Callable[[], list[Tensor]]]:
     return {
         "video": video,
         "images": lambda: images(default),
-        "images, of which few are drawn": lambda: images(EditConfig(steps=STEPS, consensus_fraction=0.2, batch=2)),
+        "images, of which few are drawn": lambda: images(EditConfig(steps=STEPS, batch=2)),
         "images, paper": lambda: images(paper),
-        "images, no svgd, shared noise": lambda: images(EditConfig(steps=STEPS, svgd=False, noise="shared")),
+        "images, no mixing, shared noise": lambda: images(EditConfig(steps=STEPS, mixing="none", noise="shared")),
         "images, masks": lambda: images(default, masks=[_half(frame) for frame in frames]),
         "images, diffusers": lambda: latents(["make it night"], images_and_layout),
         "panorama": lambda: panorama(wide, default),
         "panorama, paper": lambda: panorama(wide, paper, fade=False, stride=4),
         "panorama, wrapped, one noise": lambda: panorama(wide, EditConfig(steps=STEPS, noise="canvas"), wrap=True),
-        "panorama, transport": lambda: panorama(wide, EditConfig(steps=STEPS, transport="both")),
+        "panorama, svgd": lambda: panorama(wide, EditConfig(steps=STEPS, mixing="svgd")),
         "panorama of fewer crops than processes": lambda: panorama(small, default),
         "panorama, diffusers, two prompts": lambda: latents(["it", "make it"], crops_and_layout),
     }
@@ -162,7 +162,7 @@ def work(what: str, file: str, *model: str) -> None:
             def noise_estimate(self, x_t, *arguments):  # on the second process only
                 return super().noise_estimate(x_t, *arguments) * (torch.nan if ranks.rank() == 1 else 1)
 
-        edit(frames_stack(), Broken(), "make it night", EditConfig(svgd=False))
+        edit(frames_stack(), Broken(), "make it night", EditConfig(mixing="none"))
 
 
 if __name__ == "__main__":

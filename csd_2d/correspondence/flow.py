@@ -1,6 +1,8 @@
 """Optical flow between images, warping and visibility; the correspondence of a video's frames."""
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from csd_2d.correspondence import Correspondence
+from csd_2d.latents import TensorFile
 
 Pair = tuple[int, int]
 """Numbers of two frames."""
+PairOfFrames = tuple[Pair, Tensor, Tensor]
+"""Numbers of two frames, and the frames, (3, H, W) each."""
 SMALLEST = 128
 """Shortest side, in pixels, that flow is estimated at: what RAFT needs, and patches of 8 px (DIS) can move in."""
 
@@ -56,6 +61,17 @@ def check_flow() -> None:
     """Check that optical flow can be estimated here. ImportError if not, as `optical_flow` raises."""
     still = torch.zeros(3, SMALLEST, SMALLEST)
     optical_flow(still, still)
+
+
+@cache
+def flow_is_available() -> bool:
+    """Tell whether optical flow can be estimated here; warns, once, if not."""
+    try:
+        check_flow()
+    except ImportError as error:
+        warnings.warn(f"frames of a video will share colors, but will not follow its motion: {error}", stacklevel=2)
+        return False
+    return True
 
 
 @cache
@@ -150,66 +166,102 @@ def visible(forward: Float[Tensor, "*n 2 H W"], backward: Float[Tensor, "*n 2 H 
     return (inside & (gap < 0.01 * length + 0.5)).unsqueeze(-3).to(forward)
 
 
-class FrameFlows:
-    """Correspondence of a video's frames by optical flow, estimated when frames first meet in a step, and kept.
+ALIKE = 0.04
+"""Difference in color, in [0, 1], at which two pixels no longer count as the same thing."""
 
-    Frames further apart than `REACH` count as showing nothing in common. Flow of the others is kept at latent
-    resolution, 12 bytes a cell for each ordered pair.
+
+def likeness(a: Float[Tensor, "*n 3 H W"], b: Float[Tensor, "*n 3 H W"]) -> Float[Tensor, "*n 1 H W"]:
+    """Compute how surely pixels of two images show the same thing, by their colors: from 1, for equal ones, to 0.
+
+    Flow alone does not say so: between images that have nothing in common it takes any values.
+    """
+    return (-(a - b).square().mean(-3, keepdim=True) / (2 * ALIKE**2)).exp()
+
+
+class FrameFlows:
+    """Correspondence of a video's frames by the optical flow between those that are `OFFSETS` apart.
+
+    Frames are read once, in order, and no more of them are in memory than the largest offset. Flow is kept in an
+    unnamed file, at latent resolution: 6 bytes a cell for each ordered pair.
 
     Args:
         frames: the unedited frames, of one size in whole cells, RGB in [0, 1].
         cell: pixels per latent cell along one side.
-        device: where flow is estimated; it is kept on the CPU.
+        device: where flow is estimated.
         map_pairs: applies the estimate to pairs of frames, in order; several processes may share them out.
+        file: where flow is kept.
+
+    Raises:
+        ImportError: as `optical_flow` raises.
     """
 
-    REACH = 12
+    OFFSETS = (1, 2, 4, 8)
 
     def __init__(
         self,
-        frames: Sequence[Float[Tensor, "3 H W"]],
+        frames: Iterable[Float[Tensor, "3 H W"]],
         cell: int,
         device: str | torch.device = "cpu",
-        map_pairs: Callable[[Callable[[Pair], Tensor], Sequence[Pair]], Iterable[Tensor]] = map,
+        map_pairs: Callable[[Callable[[PairOfFrames], Tensor], Iterator[PairOfFrames]], Iterable[Tensor]] = map,
+        file: TensorFile | None = None,
     ) -> None:
-        self._frames, self._cell, self._device, self._map = frames, cell, device, map_pairs
-        self._known: dict[Pair, Float[Tensor, "3 h w"]] = {}
+        self._cell, self._device = cell, device
+        self._rows: dict[Pair, int] = {}
+        self._file = file or TensorFile()
+        for flows in map_pairs(self._both_ways, self._pairs(frames)):
+            self._file.append(flows.half())
+        self._flows = self._file.map() if self._rows else torch.empty(0)
 
-    def flow(self, a: int, b: int) -> Float[Tensor, "2 H W"]:
-        """Estimate the flow from frame a to frame b, in pixels."""
-        return optical_flow(*(self._frames[index].to(self._device) for index in (a, b)))
+    def _pairs(self, frames: Iterable[Tensor]) -> Iterator[PairOfFrames]:
+        recent: deque[Tensor] = deque(maxlen=max(self.OFFSETS))
+        for b, frame in enumerate(frames):
+            for offset in self.OFFSETS:
+                if offset <= b:
+                    self._rows[b - offset, b] = len(self._rows)
+                    yield (b - offset, b), recent[-offset], frame
+            recent.append(frame)
 
-    def between(self, a: int, b: int) -> tuple[Float[Tensor, "2 h w"], Float[Tensor, "1 h w"]]:
-        """Look up the flow from frame a to frame b in latent cells, and the share of each cell of a visible in b."""
-        self._estimate([(a, b)])
-        return self._known[a, b][:2], self._known[a, b][2:]
+    def flow(self, pair: Pair, a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> Float[Tensor, "2 H W"]:
+        """Estimate the flow from one frame to another, in pixels."""
+        return optical_flow(a.to(self._device), b.to(self._device))
 
-    def _estimate(self, pairs: Iterable[Pair]) -> None:
-        """Estimate the flow of pairs of frames, in both directions, unless it is known."""
-        missing = list(dict.fromkeys((min(pair), max(pair)) for pair in pairs if pair not in self._known))
-        for (a, b), both in zip(missing, self._map(self._both_ways, missing), strict=True):
-            self._known[a, b], self._known[b, a] = both.unbind()
-
-    def _both_ways(self, pair: Pair) -> Float[Tensor, "2 3 h w"]:
-        forward, backward = self.flow(*pair), self.flow(*reversed(pair))
+    def _both_ways(self, frames: PairOfFrames) -> Float[Tensor, "2 3 h w"]:
+        (i, j), a, b = frames
+        forward, backward = self.flow((i, j), a, b), self.flow((j, i), b, a)
         flows = torch.stack([forward, backward])
         seen = torch.stack([visible(forward, backward), visible(backward, forward)])
+        images = torch.stack([a, b]).to(flows)
+        seen = seen * likeness(images, warp(images.flip(0), flows))
         pooled = F.avg_pool2d(torch.cat([flows, seen], 1), self._cell).cpu()
         return torch.cat([pooled[:, :2] / self._cell, pooled[:, 2:]], 1)
 
+    def between(self, a: int, b: int) -> tuple[Float[Tensor, "2 h w"], Float[Tensor, "1 h w"]] | None:
+        """Look up the flow from frame a to frame b in latent cells, and the share of each cell of a visible in b.
+
+        None if the frames are not `OFFSETS` apart.
+        """
+        row = self._rows.get((min(a, b), max(a, b)))
+        if row is None:
+            return None
+        known = self._flows[row, int(a > b)].float()
+        return known[:2], known[2:]
+
     def correspondence(self, indices: Sequence[int]) -> Correspondence:
         """Match some of the frames by the flow between them."""
-        self._estimate((a, b) for a in indices for b in indices if 0 < abs(a - b) <= self.REACH)
 
-        def moved(values: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
-            here = indices[receiver]
-            near = [row for row, sender in enumerate(indices) if 0 < abs(sender - here) <= self.REACH]
-            arrived, valid = values.clone(), torch.zeros_like(values[:, :1])
-            valid[receiver] = 1
-            if near:
-                maps = zip(*(self.between(here, indices[row]) for row in near), strict=True)
-                flows, seen = (torch.stack(rows).to(values) for rows in maps)
-                arrived[near], valid[near] = warp(values[near], flows), seen
-            return arrived, valid
+        def averaged(values: Tensor) -> Tensor:
+            means = torch.stack([self._mean(values, indices, receiver) for receiver in range(len(indices))])
+            self._file.release()
+            return means
 
-        return moved
+        return averaged
+
+    def _mean(self, values: Float[Tensor, "n c h w"], indices: Sequence[int], receiver: int) -> Float[Tensor, "c h w"]:
+        """Average the values that all frames have in one frame's places."""
+        total, weight = values[receiver].clone(), torch.ones_like(values[receiver, :1])
+        for sender, index in enumerate(indices):
+            if (known := self.between(indices[receiver], index)) is not None:
+                flow, seen = (part.to(values) for part in known)
+                total += seen * warp(values[sender], flow)
+                weight += seen
+        return total / weight

@@ -8,5 +8,5 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
 """Folder of the diffusers pipeline."""
-GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE = 2.0, 1.0
+GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE = 1.0, 1.0
 """Default text and image guidance scales of the prior and of the report."""

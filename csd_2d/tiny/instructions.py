@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.closed_form import EDITS, HUES, ImageEdit, normalized, recolor
+from csd_2d.closed_form import EDITS, HUES, NEW_COLORS, ImageEdit, normalized, recolor
 from csd_2d.tiny.scenes import OBJECTS, Scenes
 
 SMALLEST_OBJECT = 0.015
@@ -16,6 +16,11 @@ SMALLEST_OBJECT = 0.015
 _LOOKS = ("make it {}", "turn it {}", "make the picture {}", "what if it were {}", "let it be {}", "{}")
 _TIMES = ("make it {}", "turn it into {}", "what if it were {}", "let it be {}", "show it in {}", "{}")
 _PAINTS = ("paint it {}", "color it {}", "tint everything {}", "paint the picture {}", "give it a {} tint", "all in {}")
+_NEW_OBJECT_COLORS = ("paint the {} a new color", "give the {} another color", "change the color of the {}")
+_REMOVALS = ("remove the {}", "take the {} away", "remove the {} from the picture", "no {}")
+_BOX_FOR_BALL = ("turn the ball into a box", "replace the ball with a box", "make the ball a box", "a box for the ball")
+_HATS = ("put a hat on the ball", "give the ball a hat", "the ball with a hat", "let the ball wear a hat")
+_SUNS = ("let the sun shine", "make the sun shine", "put the sun in the sky", "add a sun")
 _OBJECT_PAINTS = ("make the {} {}", "turn the {} {}", "paint the {} {}", "color the {} {}", "let the {} be {}")
 
 
@@ -56,16 +61,28 @@ class Instruction:
     share: float
     """Sampling weight relative to the other instructions."""
     object: str | None = None
-    """The only object to change; None: the whole image."""
+    """The object that is named; None: the whole image."""
+    change: str | None = None
+    """Structural change, one of `csd_2d.tiny.scenes.CHANGES`; the answer is then the scene drawn with it."""
+
+    @property
+    def modes(self) -> int:
+        """Number of answers."""
+        return max(len(self.answers), 1)
 
     def fits(self, scenes: Scenes) -> Tensor:
-        """Find the scenes that show what the instruction names; (n,) bool."""
+        """Find the scenes that show what the instruction names, and can be drawn with its change; (n,) bool."""
+        if self.change is not None and scenes.redraw is None:
+            return torch.zeros(len(scenes.images), dtype=torch.bool, device=scenes.images.device)
         if self.object is None:
             return torch.ones(len(scenes.images), dtype=torch.bool, device=scenes.images.device)
         return scenes.visible[self.object].mean((1, 2, 3)) >= SMALLEST_OBJECT
 
     def answer(self, scenes: Scenes, rows: Tensor, mode: int = 0) -> Float[Tensor, "k 3 s s"]:
         """Compute the edited images of the scenes at `rows`, in [0, 1]; `mode` selects one of the answers."""
+        if self.change is not None:
+            assert scenes.redraw is not None
+            return scenes.redraw(self.change)[rows]
         images = scenes.images[rows]
         edited = self.answers[mode](images)
         if self.object is not None:
@@ -91,11 +108,35 @@ def _instructions() -> dict[str, Instruction]:
         for noun in OBJECTS
         for color, hue in HUES.items()
     ]
-    return {instruction.name: instruction for instruction in whole + objects}
+    ambiguous = [
+        Instruction(
+            f"paint the {noun} a new color",
+            tuple(template.format(noun) for template in _NEW_OBJECT_COLORS),
+            tuple(recolor(HUES[color]) for color in NEW_COLORS),
+            share=2.0,
+            object=noun,
+        )
+        for noun in OBJECTS
+    ]
+    structural = [
+        *(
+            Instruction(f"remove the {noun}", tuple(_fill(_REMOVALS, noun)), (), 4.0, noun, f"without {noun}")
+            for noun in OBJECTS
+        ),
+        Instruction("turn the ball into a box", _BOX_FOR_BALL, (), 6.0, "ball", "box for ball"),
+        Instruction("put a hat on the ball", _HATS, (), 6.0, "ball", "hat"),
+        Instruction("let the sun shine", _SUNS, (), 3.0, None, "sun"),
+    ]
+    return {instruction.name: instruction for instruction in whole + objects + ambiguous + structural}
 
 
 INSTRUCTIONS = _instructions()
 """Name -> instruction."""
+
+STRUCTURAL = {
+    wording for instruction in INSTRUCTIONS.values() if instruction.change for wording in instruction.wordings
+}
+"""Wordings of the instructions that change the structure."""
 
 WORDINGS = sorted({wording for instruction in INSTRUCTIONS.values() for wording in instruction.wordings})
 """All training prompts; the tokenizer is trained on them."""
@@ -115,19 +156,25 @@ def unknown_words(prompt: str) -> list[str]:
 
 
 def draw_edits(
-    scenes: Scenes, generator: torch.Generator, object_share: float = 1.0
+    scenes: Scenes, generator: torch.Generator, object_share: float = 1.0, structure_share: float = 1.0
 ) -> tuple[Float[Tensor, "n 3 s s"], list[str]]:
     """Draw for each scene an instruction that fits it, in a random wording, and compute its answer.
 
     Args:
-        object_share: factor on the shares of the instructions that name an object.
+        object_share, structure_share: factors on the shares of the instructions that name an object, and of those that
+            change the structure.
 
     Returns:
         The answers, drawn at random where there are several, and the wordings.
     """
     known = list(INSTRUCTIONS.values())
     fits = torch.stack([instruction.fits(scenes) for instruction in known], 1).cpu()
-    shares = torch.tensor([instruction.share * (object_share if instruction.object else 1.0) for instruction in known])
+    shares = torch.tensor(
+        [
+            instruction.share * (structure_share if instruction.change else object_share if instruction.object else 1.0)
+            for instruction in known
+        ]
+    )
     # Draw indices on the CPU, whatever the device, so that the same seed gives the same instructions.
     cpu_generator = torch.Generator().manual_seed(
         int(torch.randint(2**40, (), generator=generator, device=generator.device))
@@ -138,8 +185,8 @@ def draw_edits(
     wordings = [""] * len(drawn)
     for number in drawn.unique().tolist():
         instruction = known[number]
-        modes = choices[:, 0] % len(instruction.answers)
-        for mode in range(len(instruction.answers)):
+        modes = choices[:, 0] % instruction.modes
+        for mode in range(instruction.modes):
             rows = ((drawn == number) & (modes == mode)).nonzero()[:, 0]
             if len(rows):
                 targets[rows] = instruction.answer(scenes, rows.to(targets.device), mode)

@@ -92,7 +92,7 @@ def measure_deterministic(
 
     "strip" contains source, edit and answer of the first scenes, side by side.
     """
-    certain = [instruction for instruction in INSTRUCTIONS.values() if len(instruction.answers) == 1]
+    certain = [instruction for instruction in INSTRUCTIONS.values() if instruction.modes == 1]
     results = []
     for name in tqdm(names, unit="instruction"):
         instruction = INSTRUCTIONS[name]
@@ -101,7 +101,10 @@ def measure_deterministic(
         nearest, right = _psnr(edited, scenes.images[rows]), torch.zeros(len(rows), dtype=torch.bool)
         for other in certain:
             # Exclude paints of objects that are not in the scene: their answer would be the unchanged image.
-            score = _psnr(edited, other.answer(scenes, rows)).masked_fill(~other.fits(scenes)[rows], -1)
+            fits = other.fits(scenes)[rows]
+            if not fits.any():
+                continue
+            score = _psnr(edited, other.answer(scenes, rows)).masked_fill(~fits, -1)
             right = torch.where(score > nearest, other.name == name, right)
             nearest = nearest.maximum(score)
         psnr = _psnr(edited, instruction.answer(scenes, rows))
@@ -111,12 +114,15 @@ def measure_deterministic(
 
 
 def measure_ambiguous(
-    pipeline: StableDiffusionInstructPix2PixPipeline, image: Float[Tensor, "3 s s"], name: str, config: ReportConfig
+    pipeline: StableDiffusionInstructPix2PixPipeline, scenes: Scenes, name: str, config: ReportConfig
 ) -> tuple[dict, Float[Tensor, "n 3 s s"]]:
-    """Count the answers that `SEEDS` samples of an instruction reach on one image; return the samples, too."""
-    images = image.expand(SEEDS, -1, -1, -1)
-    edited = _edit(pipeline, images, [name] * SEEDS, config)
-    distances = torch.stack([_psnr(edited, answer(images).clamp(0, 1)) for answer in INSTRUCTIONS[name].answers])
+    """Count the answers that `SEEDS` samples of an instruction reach on the first scene it fits, and return them."""
+    instruction = INSTRUCTIONS[name]
+    rows = instruction.fits(scenes).nonzero()[:1, 0].expand(SEEDS)
+    edited = _edit(pipeline, scenes.images[rows], [name] * SEEDS, config)
+    distances = torch.stack(
+        [_psnr(edited, instruction.answer(scenes, rows, mode)) for mode in range(instruction.modes)]
+    )
     psnr, taken = distances.max(0)
     counts = taken.bincount(minlength=len(distances))
     return {
@@ -176,8 +182,11 @@ def run_report(config: ReportConfig) -> dict:
         "num_inference_steps": config.num_inference_steps,
     }
     for subject, scenes in subjects.items():
-        certain = [n for n, i in INSTRUCTIONS.items() if len(i.answers) == 1 and bool(i.fits(scenes).any())]
-        ambiguous = [n for n, i in INSTRUCTIONS.items() if len(i.answers) > 1]
+        fitting = {
+            name: instruction for name, instruction in INSTRUCTIONS.items() if bool(instruction.fits(scenes).any())
+        }
+        certain = [name for name, instruction in fitting.items() if instruction.modes == 1]
+        ambiguous = [name for name, instruction in fitting.items() if instruction.modes > 1]
         results = measure_deterministic(pipeline, scenes, config, certain)
         report[subject] = _summary(results)
         encoded = pipeline.vae.encode(2 * scenes.images - 1).latent_dist.mode()
@@ -187,7 +196,7 @@ def run_report(config: ReportConfig) -> dict:
         report[subject]["ambiguous"] = []
         _write(_sheet_of_edits(results), config.output / f"{subject}.png")
         for name in ambiguous:
-            figures, edited = measure_ambiguous(pipeline, scenes.images[0], name, config)
+            figures, edited = measure_ambiguous(pipeline, scenes, name, config)
             report[subject]["ambiguous"].append(figures)
             rows = edited.unflatten(0, (8, SEEDS // 8))
             _write(sheet(rows), config.output / f"{subject}_{name.replace(' ', '_')}.png")

@@ -1,6 +1,7 @@
 """Random scenes, drawn in batches: textured, shaded shapes over gradients and noise. The only training data."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 OBJECTS = ("ball", "box", "cone")
 """Objects that an instruction can name; a scene contains at most one of each."""
+CHANGES = (*(f"without {name}" for name in OBJECTS), "box for ball", "hat", "sun")
+"""Structural changes with which a scene can be drawn again: an object is missing, a box replaces the ball, the ball has
+a hat, or the sun shines."""
 _SHARPNESS = 0.6
 """Steepness of outlines per half pixel; the transition from outside to inside takes about two pixels."""
 
@@ -22,6 +26,8 @@ class Scenes:
     """RGB in [0, 1]."""
     visible: dict[str, Float[Tensor, "n 1 s s"]]
     """For each of `OBJECTS`, the visible coverage of each pixel, in [0, 1]."""
+    redraw: Callable[[str], Float[Tensor, "n 3 s s"]] | None = None
+    """Draws the same scenes with one of `CHANGES`; all else stays, down to the grain. None: they were not drawn."""
 
     @property
     def masks(self) -> Float[Tensor, "n 3 s s"]:
@@ -32,11 +38,12 @@ class Scenes:
 class _Painter:
     """A batch of canvases on which random layers are composited back to front, all drawn from one generator.
 
-    Coordinates are in [-1, 1], with x to the right and y down.
+    Coordinates are in [-1, 1], with x to the right and y down. A structural change draws nothing from the generator, so
+    that the rest of a scene stays the same with and without it.
     """
 
-    def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
-        self.count, self.size, self.generator = count, size, generator
+    def __init__(self, count: int, size: int, generator: torch.Generator, change: str | None = None) -> None:
+        self.count, self.size, self.generator, self.change = count, size, generator, change
         self.device = generator.device
         line = (torch.arange(size, device=self.device) + 0.5) * (2 / size) - 1
         self.y, self.x = line[:, None].expand(size, size), line[None].expand(size, size)
@@ -102,6 +109,14 @@ class _Painter:
         self.cover(ground, self.textured(self.color()))
         self.canvas = self.canvas + self.chance(0.5) * self.uniform(0, 0.1) * self.noise(3, roughest=1.0)
 
+    def sun(self) -> None:
+        """Draw a sun with its glow in the upper right corner, and warm everything behind the objects."""
+        warm = self.canvas.new_tensor([1.0, 0.85, 0.45])[:, None, None]
+        distance = torch.hypot(self.x - 0.58, self.y + 0.58)
+        glow = 0.55 * (-(distance / 0.5).square()).exp()
+        self.canvas = torch.lerp(self.canvas * (0.75 + 0.35 * warm), warm.expand_as(self.canvas), glow)
+        self.cover(self.inside(0.24 - distance).expand(self.count, 1, -1, -1), warm.expand_as(self.canvas))
+
     def blob(self) -> None:
         """Draw hills, clouds or foliage: the region where a noise field is high."""
         coverage = self.inside((self.noise(roughest=1.5) - self.uniform(-0.5, 1.5)) * self.uniform(0.02, 0.2))
@@ -129,7 +144,31 @@ class _Painter:
         shade = (0.35 + 0.75 * light.clamp(0, 1)) * (0.4 + 0.6 * depth)
         gloss = light.clamp(0, 1) ** 20 * self.uniform(0.4, 0.8)
         surface = self.patterned(torch.zeros_like(shade))
+        if self.change == "box for ball":
+            self._box_for_ball(u / radius, v / radius, surface, present)
+            return
         self.cover(self.inside(radius - distance) * present, surface * shade + gloss, "ball")
+        if self.change == "hat":
+            self._hat(u / radius, v / radius, present)
+
+    def _box_for_ball(self, u: Tensor, v: Tensor, surface: Tensor, present: Tensor) -> None:
+        """Draw a box of the ball's place, size and color. Coordinates are in radii of the ball."""
+        above = -0.7 - v
+        front = torch.minimum(0.85 - u.abs(), 0.85 - (v - 0.15).abs())
+        top = torch.minimum(0.85 - (u - 0.5 * above).abs(), torch.minimum(above, 0.35 - above))
+        coverage = torch.maximum(self.inside(0.4 * front), self.inside(0.4 * top))
+        checkered = self.inside(0.1 * (5 * u).sin() * (5 * v).sin())
+        shade = (0.75 + 0.35 * self.inside(0.4 * top)) * (1 - 0.5 * checkered)
+        self.cover(coverage * present, surface * shade, "ball")
+
+    def _hat(self, u: Tensor, v: Tensor, present: Tensor) -> None:
+        """Draw a black top hat with a red band on the ball. Coordinates are in radii of the ball."""
+        brim = torch.minimum(0.95 - u.abs(), 0.13 - (v + 0.85).abs())
+        crown = torch.minimum(0.55 - u.abs(), 0.45 - (v + 1.35).abs())
+        band = self.inside(0.4 * torch.minimum(crown, 0.13 - (v + 1.08).abs()))
+        black, red = (self.canvas.new_tensor(color)[:, None, None] for color in ([0.06] * 3, [0.75, 0.08, 0.1]))
+        coverage = torch.maximum(self.inside(0.4 * brim), self.inside(0.4 * crown))
+        self.cover(coverage * present, torch.lerp(black, red, band))
 
     def box(self, present: Tensor) -> None:
         """Draw a box with a checkered front and a sheared top of different brightness."""
@@ -178,27 +217,38 @@ def _blurred(images: Float[Tensor, "n c h w"], deviation: Float[Tensor, "n 1 1 1
     return F.conv2d(flat, taps[..., :, None], groups=len(taps)).view_as(images)
 
 
-def draw_scenes(count: int, size: int, generator: torch.Generator) -> Scenes:
+def draw_scenes(count: int, size: int, generator: torch.Generator, change: str | None = None) -> Scenes:
     """Draw a batch of scenes on the generator's device.
 
     Each of `OBJECTS` is in about six of ten scenes. The whole batch shares one depth order.
 
     Args:
         size: side of the images in pixels.
+        change: one of `CHANGES`. From a generator in the same state, the scenes are otherwise those without it.
 
     Example:
         >>> scenes = draw_scenes(2, 64, torch.Generator().manual_seed(0))
         >>> scenes.images.shape, sorted(scenes.visible)
         (torch.Size([2, 3, 64, 64]), ['ball', 'box', 'cone'])
     """
-    painter = _Painter(count, size, generator)
+    state = generator.get_state()
+
+    def redraw(change: str) -> Float[Tensor, "n 3 s s"]:
+        again = torch.Generator(generator.device)
+        again.set_state(state)
+        return draw_scenes(count, size, again, change).images
+
+    painter = _Painter(count, size, generator, change)
     painter.backdrop()
     painter.blob()
     painter.blob()
+    if change == "sun":
+        painter.sun()
     for i in torch.randperm(len(OBJECTS), generator=generator, device=generator.device).tolist():
-        getattr(painter, OBJECTS[i])(present=painter.chance(0.6))
+        present = painter.chance(0.6)
+        getattr(painter, OBJECTS[i])(present=0 * present if change == f"without {OBJECTS[i]}" else present)
     painter.light()
-    return Scenes(painter.canvas, painter.visible)
+    return Scenes(painter.canvas, painter.visible, redraw)
 
 
 def held_out(count: int, size: int, seed: int = 0) -> Scenes:

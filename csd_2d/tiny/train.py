@@ -41,8 +41,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from csd_2d.errors import one_sentence
 from csd_2d.io.files import replacing
 from csd_2d.io.images import write_image
-from csd_2d.tiny.instructions import WORDINGS, draw_edits
-from csd_2d.tiny.scenes import OBJECTS, draw_scenes, held_out
+from csd_2d.tiny.instructions import STRUCTURAL, WORDINGS, draw_edits
+from csd_2d.tiny.scenes import OBJECTS, Scenes, draw_scenes, held_out
 
 TOKENS = 32
 """Length of an encoded prompt, including start and end tokens."""
@@ -54,6 +54,10 @@ cells of 2x2 pixels, but with 25 dB from 4x4 pixels: too much would be lost befo
 
 OBJECT_WEIGHT = 6.0
 """Loss weight of the latent cells that objects cover; the weight of all others is 1."""
+CHANGE_WEIGHT = 12.0
+"""Loss weight of the latent cells in which an instruction changes the structure."""
+CHANGED = 0.04
+"""Difference of a pixel's channels, in [0, 1], from which on it counts as changed."""
 PROBE_WEIGHT = 1.0
 """Loss weight of `ObjectProbe`."""
 
@@ -82,6 +86,8 @@ class RecipeConfig:
     """Decay of the exponential moving average of the weights. The average is what is saved."""
     object_share: float = 2.5
     """Sampling weight of the instructions that name an object; at 1, each is about as frequent as any other."""
+    structure_share: float = 1.0
+    """Sampling weight of the instructions that change the structure."""
     high_noise: float = 0.5
     """Share of examples whose timestep is drawn from the top quarter; the others are drawn from all timesteps."""
     drop: float = 0.05
@@ -264,7 +270,7 @@ def _seed(config: RecipeConfig, stage: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class Pairs(Dataset):
-    """Dataset of step -> (sources, targets, wordings, object masks (n, 3, h, w)).
+    """Dataset of step -> (sources, targets, wordings, object masks (n, 3, h, w), loss weights (n, 1, h, w)).
 
     The same step always gives the same examples. With `vae`, images are returned as unscaled latents. The loader's
     process encodes them, in parallel with the training step.
@@ -276,15 +282,16 @@ class Pairs(Dataset):
     vae: AutoencoderKL | None = None
 
     @torch.no_grad()
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[str], Tensor]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[str], Tensor, Tensor]:
         generator = torch.Generator(self.config.device)
         generator.manual_seed(_seed(self.config, self.stage, step))
         scenes = draw_scenes(self.count, self.config.size, generator)
-        targets, wordings = draw_edits(scenes, generator, self.config.object_share)
+        targets, wordings = draw_edits(scenes, generator, self.config.object_share, self.config.structure_share)
+        weights = _weights(scenes, targets, wordings)
         if self.vae is None:
-            return scenes.images, targets, wordings, scenes.masks
+            return scenes.images, targets, wordings, scenes.masks, weights
         latents = self.vae.encode(2 * torch.cat([scenes.images, targets]) - 1).latent_dist.mode()
-        return *latents.chunk(2), wordings, F.avg_pool2d(scenes.masks, CELL)
+        return *latents.chunk(2), wordings, F.avg_pool2d(scenes.masks, CELL), F.avg_pool2d(weights, CELL)
 
 
 def _loader(pairs: Pairs, steps: Iterable[int]) -> DataLoader:
@@ -444,13 +451,17 @@ def draw_timesteps(count: int, num_timesteps: int, high_noise: float) -> Int[Ten
     return (num_timesteps * (floor + (1 - floor) * torch.rand(count))).long()
 
 
-def _weights(masks: Float[Tensor, "n 3 h w"], latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """Compute the loss weights: `OBJECT_WEIGHT` where there is an object, 1 elsewhere.
+def _weights(scenes: Scenes, targets: Float[Tensor, "n 3 s s"], wordings: list[str]) -> Float[Tensor, "n 1 s s"]:
+    """Compute the loss weights: `OBJECT_WEIGHT` where there is an object, `CHANGE_WEIGHT` where the structure changes.
 
     What an object instruction teaches is which object it names, and that shows in only a few of many cells. All objects
-    are weighted, whatever the instruction, because weights that depend on the answer would bias it.
+    are weighted, whatever the instruction, because weights that depend on the answer would bias it where there are
+    several. A change of the structure has one answer.
     """
-    return (1 + (OBJECT_WEIGHT - 1) * masks.sum(1, keepdim=True)).expand_as(latents)
+    structural = torch.tensor([wording in STRUCTURAL for wording in wordings], device=targets.device)
+    changed = (targets - scenes.images).abs().amax(1, keepdim=True) > CHANGED
+    weights = 1 + (OBJECT_WEIGHT - 1) * scenes.masks.sum(1, keepdim=True)
+    return torch.where(changed & structural[:, None, None, None], weights.clamp(min=CHANGE_WEIGHT), weights)
 
 
 class ObjectProbe(nn.Module):
@@ -497,7 +508,7 @@ def train_unet(config: RecipeConfig, vae: AutoencoderKL) -> StableDiffusionInstr
     scheduler = make_scheduler()
     pipeline = make_pipeline(vae, text_encoder, tokenizer, unet)
     shown = held_out(12, config.size)
-    answers, wordings = draw_edits(shown, torch.Generator().manual_seed(1))
+    answers, wordings = draw_edits(shown, torch.Generator().manual_seed(1), 1.0, config.structure_share)
 
     def samples() -> Float[Tensor, "n 3 s s"]:
         run.ema.store(run.parameters)
@@ -509,7 +520,9 @@ def train_unet(config: RecipeConfig, vae: AutoencoderKL) -> StableDiffusionInstr
     progress = tqdm(run.steps_left(), desc="U-Net", unit="step", smoothing=0.02)
     pairs = Pairs(config, config.batch, stage=1, vae=vae)
     autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.device != "cpu")
-    for step, (sources, targets, prompts, masks) in zip(progress, _loader(pairs, run.steps_left()), strict=True):
+    for step, (sources, targets, prompts, masks, weights) in zip(
+        progress, _loader(pairs, run.steps_left()), strict=True
+    ):
         torch.manual_seed(_seed(config, 1, step))
         prompts, condition = drop_conditions(prompts, sources, config.drop)
         x_0 = targets * vae.config["scaling_factor"]
@@ -519,7 +532,9 @@ def train_unet(config: RecipeConfig, vae: AutoencoderKL) -> StableDiffusionInstr
         with autocast:
             text = text_encoder(_tokens(tokenizer, prompts).to(config.device))[0]
             estimate = unet(torch.cat([x_t, condition], 1), timesteps, encoder_hidden_states=text).sample
-        loss = F.mse_loss(estimate.float(), scheduler.get_velocity(x_0, noise, timesteps), weight=_weights(masks, x_0))
+        loss = F.mse_loss(
+            estimate.float(), scheduler.get_velocity(x_0, noise, timesteps), weight=weights.expand_as(x_0)
+        )
         run.update(loss + PROBE_WEIGHT * probe.loss(masks))
         progress.set_postfix(loss=f"{sum(run.losses[-200:]) / len(run.losses[-200:]):.4f}", refresh=False)
         if (step + 1) % config.save_every == 0 or step + 1 == run.steps:

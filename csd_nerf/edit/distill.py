@@ -1,6 +1,6 @@
 """Mode *distill*: CSD-Edit's direction goes through the encoder and the renderer straight into the scene."""
 
-import math
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,11 +11,16 @@ from torch import Tensor, nn
 
 from csd_2d.cells import common_size, pad
 from csd_2d.config import EditConfig
+from csd_2d.correspondence import Correspondence
 from csd_2d.csd import Step
 from csd_2d.loss import EditLoss
-from csd_2d.phases import default_batch
+from csd_2d.particles import Layout
 from csd_2d.prior import Prior
 from csd_nerf.views.base import TrainingViews, replayed
+from csd_nerf.views.correspondence import view_correspondence
+
+BATCH = 4
+"""Views that a step renders by default: every one of them takes as long as a training step of the scene."""
 
 
 class SceneParticles:
@@ -58,6 +63,11 @@ class SceneParticles:
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._source[list(indices)]
 
+    def correspondence(self, indices: Sequence[int]) -> Correspondence:
+        """Match some views by the surfaces that the present scene shows in them."""
+        matched = view_correspondence(self._views, indices, self._size, self._prior.cell)
+        return matched(range(len(indices)))
+
     def parameters(self) -> Iterable[nn.Parameter]:
         return self._parameters
 
@@ -70,11 +80,9 @@ def cost_of_distilling(edit: EditConfig, views: int) -> str:
 
     Example:
         >>> cost_of_distilling(EditConfig(steps=1000), 50)
-        'Distilling: 1,000 steps, up to 217,000 U-Net evaluations in all; --max-num-iterations lowers both.'
+        'Distilling: 1,000 steps, up to 20,000 U-Net evaluations in all; --max-num-iterations lowers both.'
     """
-    consensus = math.ceil(edit.consensus_fraction * edit.steps)
-    batch = default_batch(views) if edit.batch is None else edit.batch or views
-    rendered = consensus * views + (edit.steps - consensus) * min(batch, views)
+    rendered = edit.steps * min(edit.batch or BATCH, views)
     return (
         f"Distilling: {edit.steps:,} steps, up to {5 * rendered:,} U-Net evaluations in all; --max-num-iterations "
         "lowers both."
@@ -106,7 +114,8 @@ class Distillation:
     def _run(self) -> EditLoss:
         prior = self._load_prior()
         particles = SceneParticles(self._views, self._source, prior, self._parameters)
-        return EditLoss(particles, prior, self._prompt, self._edit)
+        edit = self._edit if self._edit.batch else dataclasses.replace(self._edit, batch=min(BATCH, len(particles)))
+        return EditLoss(particles, prior, self._prompt, edit, layout=Layout(correspondence=particles.correspondence))
 
     def next(self) -> tuple[Float[Tensor, ""], Step]:
         """Compute the next step's loss; see `EditLoss.next`."""

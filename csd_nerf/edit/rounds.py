@@ -11,15 +11,18 @@ import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from csd_2d.cells import common_size
 from csd_2d.config import EditConfig
 from csd_2d.image_set import edit_images
 from csd_2d.io.files import replacing
 from csd_2d.io.images import read_image, write_image
 from csd_2d.metrics.fidelity import change
+from csd_2d.mixing import FindCorrespondence
 from csd_2d.prior import Prior
 from csd_nerf.cost import Cost
 from csd_nerf.edit.selection import Selection, ViewRounds
 from csd_nerf.views.base import TrainingViews
+from csd_nerf.views.correspondence import view_correspondence
 
 SMALLEST_CHANGE = 0.01
 """Mean change of the first round's views, within masks, in RGB from 0 to 1, below which a warning is printed."""
@@ -123,19 +126,34 @@ class DatasetUpdate:
         assert self._prior is not None
         start = [self._views.render(index) for index in drawn]
         masks = None if self._masks is None else [self._masks[index] for index in drawn]
+        config = self._config_of(number, len(drawn))
         edited = edit_images(
             [self._source(index) for index in drawn],
             self._prior,
             self._prompt,
-            dataclasses.replace(self._config, seed=self._config.seed * 10_000 + number),
+            config,
             start=start,
             masks=masks,
+            correspondence=self._correspondence(drawn, start) if config.correspondence else None,
             progress=label,
             resume=state,
         )
         if number == 0 and (masks is None or any(bool(mask.any()) for mask in masks)):
             self._warn_of_no_change(change(start, edited, masks))
         return edited
+
+    def _config_of(self, number: int, count: int) -> EditConfig:
+        """Adapt the settings to a round of so many views."""
+        config = dataclasses.replace(self._config, seed=self._config.seed * 10_000 + number)
+        if config.mixing == "consensus" and number * count >= len(self._views):
+            # All views were edited before. Stronger noise would let them forget the answer that the scene shows.
+            config = dataclasses.replace(config, max_timestep=max(config.consensus_timestep, config.min_timestep))
+        return config
+
+    def _correspondence(self, drawn: list[int], start: list[Tensor]) -> FindCorrespondence:
+        assert self._prior is not None
+        size = common_size([image.shape[-2:] for image in start], self._prior.cell)
+        return view_correspondence(self._views, drawn, size, self._prior.cell)
 
     def _check(self, folder: Path, drawn: list[int]) -> None:
         try:

@@ -11,9 +11,9 @@ and under one with six equally likely answers. Measured on views that nothing wa
   edited training images the scene is learned from. For instructions with several answers.
 
 The methods: `one view at a time`, the schedule of Instruct-NeRF2NeRF, which edits what the scene shows at present, view
-after view, and learns a little in between (the edit of a view is ours without SVGD, not their sampler); `one by one`,
-every view once and for itself; `paper`, CSD as published, in rounds; `default`, csd-edit-tiny's dataset update; and
-`distill`.
+after view, and learns a little in between (the edit of a view is ours, not their sampler); `one by one`,
+every view once and for itself; `paper`, CSD as published, in rounds; `default`, csd-edit-tiny's dataset update, also
+without correspondence by depth; and `distill`.
 
     python -m tests.bench.scene_edit --scene scene --output scene_edit.json
     python -m tests.bench.scene_edit --scene scene --output selection.json --selection
@@ -27,7 +27,6 @@ yet, and what --output holds already is not measured again.
 
 import dataclasses
 import json
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -47,10 +46,10 @@ from csd_2d.closed_form import known_answers, normalized
 from csd_2d.io.files import replacing
 from csd_2d.io.images import read_image, write_image
 from csd_2d.metrics.fidelity import agreement, psnr
-from csd_2d.phases import default_batch
 from csd_2d.prior import Prior
 from csd_2d.priors.loading import load_prior
 from csd_nerf.demo import NovelViews, edit_config, load_scene, scene_config, train
+from csd_nerf.edit.distill import BATCH
 from csd_nerf.edit.selection import Selection
 from csd_nerf.methods import csd_edit_tiny
 from csd_nerf.procedural_scene import write_scene
@@ -81,9 +80,7 @@ class Method:
 
 def image_steps(edit: EditConfig, count: int) -> int:
     """Particles that the steps of an edit of `count` images draw, all together."""
-    consensus = math.ceil(edit.consensus_fraction * edit.steps)
-    batch = min(default_batch(count) if edit.batch is None else edit.batch or count, count)
-    return consensus * count + (edit.steps - consensus) * batch
+    return edit.steps * min(edit.batch or count, count)
 
 
 def methods(views: int, nerf_steps: int, edit: EditConfig, selection: bool) -> dict[str, Method]:
@@ -100,13 +97,14 @@ def methods(views: int, nerf_steps: int, edit: EditConfig, selection: bool) -> d
     if selection:
         names: tuple[Selection, ...] = ("random", "spread", "near")
         return {name: rounds(edit, SELECTION_ROUNDS, -(-views // 3), name) for name in names}
-    alone = dataclasses.replace(edit, svgd=False)
+    alone = dataclasses.replace(edit, mixing="none")
     return {
         "one view at a time": rounds(alone, nerf_steps // ONE_VIEW_EVERY, 1),
         "one by one": Method(alone),
         "paper": rounds(load_preset("paper"), PAPER_ROUNDS, -(-views // 2)),
+        "default, no correspondence": Method(dataclasses.replace(edit, correspondence=False)),
         "default": Method(edit),
-        "distill": Method(edit, mode="distill"),
+        "distill": Method(dataclasses.replace(edit, steps=budget // BATCH, batch=BATCH), mode="distill"),
     }
 
 
@@ -200,12 +198,12 @@ def _spread(values: Sequence[float | None]) -> str:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds, of each prompt and method."""
-    lines = [f"{'':42}" + "".join(f"{name:>20}" for name in (*MEASURES, "unet_rows", "seconds"))]
+    lines = [f"{'':50}" + "".join(f"{name:>20}" for name in (*MEASURES, "unet_rows", "seconds"))]
     for prompt, method in dict.fromkeys((row["prompt"], row["method"]) for row in rows):
         of_method = [row for row in rows if (row["prompt"], row["method"]) == (prompt, method)]
         cells = [_spread([row[name] for row in of_method]) for name in MEASURES]
         cells += [f"{mean(row[name] for row in of_method):.0f}" for name in ("unet_rows", "seconds")]
-        lines.append(f"{prompt:22}{method:20}" + "".join(f"{cell:>20}" for cell in cells))
+        lines.append(f"{prompt:22}{method:28}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
 
 

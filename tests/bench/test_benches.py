@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 SMALLEST: dict[str, dict[str, Any]] = {
-    "agreement": {"seeds": 1, "steps": 2, "counts": (2,), "variants": ("paper", "default")},
-    "collaboration": {"prior": "tiny", "seeds": 1, "steps": 2, "count": 2, "variants": ("transport in both",)},
-    "known_answers": {"seeds": 1, "steps": 2, "count": 2, "tasks": ("make the ball blue",)},
+    "known_answers": {
+        "seeds": 1,
+        "steps": 2,
+        "count": 2,
+        "tasks": ("views: paint it a new color", "textures: make it night"),
+    },
     "distill_memory": {"counts": (1,), "size": (16, 16)},
     "ranks": {"sizes": (1,), "steps": 1, "tasks": ("pixel frames",)},
     "speed": {"tasks": ("frames",), "count": 2, "batch": 2, "steps": 2, "image_guidance_scales": (1.0,)},

@@ -45,9 +45,19 @@ def test_every_kind_of_image_gives_the_same_edit(panorama, kind, output_type):
 
 def test_frames_are_edited_as_by_edit_images(video):
     frames = [picture(seed) for seed in range(3)]
-    edited = video(NIGHT, frames, num_inference_steps=4, output_type="pt", progress=False).frames
+    edited = video(NIGHT, frames, num_inference_steps=4, output_type="pt", progress=False, follow=False).frames
     expected = edit_images([to_tensor(frame) for frame in frames], video.prior, NIGHT, EditConfig(steps=4))
     assert all(torch.equal(*pair) for pair in zip(edited, expected, strict=True))
+
+
+def test_frames_of_a_video_follow_its_motion_and_frames_of_several_sizes_do_not(video):
+    frames = [picture().resize((96, 64))] * 2
+    options = {"num_inference_steps": 4, "output_type": "pt", "progress": False}
+    alone, following = (video(NIGHT, frames, follow=follow, **options).frames for follow in (False, True))
+    gaps = [(one - other).abs().mean() for one, other in (alone, following)]
+    assert gaps[1] < 0.01 * gaps[0]  # of a still picture, noise alone makes frames differ
+    mixed = [frames[0], frames[0].resize((48, 32))]
+    assert [frame.shape for frame in video(NIGHT, mixed, **options).frames] == [(3, 64, 96), (3, 32, 48)]
 
 
 def test_latents_come_out_as_the_prior_has_them(panorama, video):

@@ -1,16 +1,12 @@
 """Particles that share their change of colors: against slow loops, and with masks on the learned model."""
 
-import dataclasses
-
 import pytest
 import torch
 
-from csd_2d import EditConfig, LatentStack, load_preset, load_prior
+from csd_2d import EditConfig, LatentStack, load_prior
 from csd_2d.csd import NoisedParticles
 from csd_2d.image_set import edit_images
 from csd_2d.mixing import ColorConsensus, most_typical
-from csd_2d.particles import Layout
-from csd_2d.phases import Phases
 from csd_2d.tiny.scenes import held_out
 
 ALPHA, SIGMA = 0.6, 0.8
@@ -39,7 +35,7 @@ def test_the_leaders_map_replaces_each_ones_own():
     leader = int(kernel.gram[0].argmax())
     assert kernel.gram.sum(1).tolist() == [1] * 4 and (kernel.gram[:, leader] == 1).all()
     assert torch.equal(direction[leader], scores[leader])
-    average = sum(colors_of(x).T @ colors_of(x) for x in source) / 4
+    average = sum(colors_of(x).T @ colors_of(x) for x in source) / 4 + 1e-3 * 30 * torch.eye(4)
 
     def fit(i, weight):  # least squares, its penalty as rows of their own
         aim = (scores[i] + ALPHA / SIGMA * change[i]).flatten(1).T
@@ -73,20 +69,18 @@ def test_no_shape_of_one_particle_appears_in_another():
         torch.testing.assert_close(explained, added, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("picture", ["gray", "flat"])
+def test_pictures_of_few_colors_determine_no_map_and_do_no_harm(picture):
+    source = torch.randn(3, 1, 5, 6) if picture == "gray" else torch.full((3, 1, 5, 6), 0.3)
+    source, scores = source.expand(3, 3, 5, 6), torch.randn(3, 3, 5, 6)
+    direction, _ = ColorConsensus()(scores, noised(source, torch.zeros_like(source)))
+    assert direction.isfinite().all() and direction.abs().max() < 10
+
+
 def test_the_most_typical_map_is_of_the_largest_group():
     up, down = torch.ones(2, 3), -torch.ones(2, 3)
     side = torch.tensor([[1.0, -1.0, 0.0], [1.0, -1.0, 0.0]])
     assert most_typical(torch.stack([down, up, side, up * 0.5]), torch.eye(2)) in (1, 3)
-
-
-def test_timesteps_descend_slowly_at_first():
-    config = EditConfig(steps=20, schedule="descending", consensus_fraction=0.5, phase_boundary=0.7)
-    phases = Phases(config, Layout(), 4, 10, 1001, torch.Generator())
-    drawn = [phases.timesteps(index) for index in range(22)]
-    assert all(low == high for low, high in drawn)
-    steps = [low for low, _ in drawn]
-    assert steps[0] == 980 and steps[9] > 700 >= steps[10] and steps[19] == steps[21] == 20
-    assert steps == sorted(steps, reverse=True) and steps[0] - steps[1] < steps[8] - steps[9]
 
 
 @pytest.mark.parametrize("open_share", [0.1, 0.5])
@@ -96,8 +90,7 @@ def test_masks_of_others_do_not_burn_out_an_open_image(open_share):
     masks = [torch.ones(1, 64, 64)] + [torch.zeros(1, 64, 64) for _ in range(5)]
     for mask in masks[1:]:
         mask[:, : round(64 * open_share)] = 1
-    config = dataclasses.replace(load_preset("color"), guidance_scale=1.0)
-    together = edit_images([image] * 6, prior, "make it autumn", config, masks=masks)[0]
-    alone = edit_images([image], prior, "make it autumn", dataclasses.replace(config, svgd=False))[0]
+    together = edit_images([image] * 6, prior, "make it autumn", masks=masks)[0]
+    alone = edit_images([image], prior, "make it autumn", EditConfig(mixing="none"))[0]
     assert (together - alone).mean((1, 2)).abs().max() < 0.01
     assert (together - alone).square().mean().sqrt() < 0.02

@@ -18,17 +18,17 @@ from csd_2d import (
     guidance_weights,
     load_preset,
     load_prior,
-    phases,
+    schedule,
     surrogate_loss,
 )
-from csd_2d.cli import _parse
 from csd_2d.edit import edit
 from csd_2d.image_set import edit_images
 from csd_2d.particles import noise_source
-from csd_2d.phases import Batches
 from csd_2d.presets import preset_names
 from csd_2d.priors.analytic import AnalyticPrior
+from csd_2d.schedule import Batches
 from csd_2d.tiles import window_positions
+from csd_2d.tiny.scenes import held_out
 
 AMBIGUOUS = "paint it a new color"
 
@@ -107,7 +107,7 @@ def test_one_particle_is_the_delta_denoising_score(stack):
     prior = AnalyticPrior()
     latents = prior.encode(images[:1])
     particles = LatentStack(latents)
-    config = EditConfig(steps=1, lr=0.7, seed=5, consensus_fraction=0)
+    config = EditConfig(steps=1, lr=0.7, seed=5, schedule="random", weight="noise", max_timestep=0.5)
     edit(particles, prior, "make it night", config)
 
     generator = torch.Generator().manual_seed(5)
@@ -132,24 +132,25 @@ def test_edits_reach_the_known_answer(stack, prompt, preset):
     assert -10 * error.log10() > (15 if noisy else 35)
 
 
-def test_particles_agree_with_svgd_and_not_without():
-    """One answer of six for all eight images by default, on every seed; without SVGD several."""
+def test_particles_agree_by_consensus_and_not_alone():
+    """One answer of six for all eight images by default; alone they take several."""
     prior = AnalyticPrior()
-    most_common = {True: [], False: []}
-    for seed, svgd in itertools.product(range(5), (True, False)):
-        images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 0.7 + 0.15
-        edited = torch.stack(edit_images(list(images), prior, AMBIGUOUS, EditConfig(steps=60, svgd=svgd, seed=seed)))
+    most_common = {"consensus": [], "none": []}
+    for seed, mixing in itertools.product(range(5), most_common):
+        images = held_out(8, 32, seed).images
+        config = EditConfig(steps=60, mixing=mixing, seed=seed)
+        edited = torch.stack(edit_images(list(images), prior, AMBIGUOUS, config))
         errors = torch.stack([(a - edited).square().flatten(1).mean(1) for a in prior.answers(AMBIGUOUS, images)])
-        if svgd:
+        if mixing == "consensus":
             assert -10 * errors.min(0).values.max().log10() > 35  # agreement costs no fidelity
-        most_common[svgd].append(errors.argmin(0).bincount().max().item())
-    assert most_common[True] == [8] * 5
-    assert sum(most_common[False]) < 5 * 6
+        most_common[mixing].append(errors.argmin(0).bincount().max().item())
+    assert sum(most_common["consensus"]) >= 5 * 7.5
+    assert sum(most_common["none"]) < 5 * 6
 
 
 def test_same_seed_same_bits_and_another_seed_differs(stack):
     images, _ = stack
-    config = EditConfig(steps=5, batch=2, consensus_fraction=0.2)
+    config = EditConfig(steps=5, batch=2)
     runs = [
         torch.stack(edit_images(list(images), AnalyticPrior(), AMBIGUOUS, dataclasses.replace(config, seed=seed)))
         for seed in (1, 1, 2)
@@ -167,40 +168,35 @@ def test_batches_draw_every_particle_equally_often_and_never_twice_at_once():
     assert len(next(Batches([[0, 1, 2]], 8, torch.Generator()))) == 3
 
 
-def test_in_the_first_phase_all_move_as_one_under_much_noise_in_the_second_a_batch_under_little(stack):
-    steps, before, displacements = [], [stack[1].latents.detach().clone()], []
-
-    def look(info):
-        steps.append(info)
-        displacements.append(stack[1].latents.detach() - before[0])
-        before[0] = stack[1].latents.detach().clone()
-
-    config = EditConfig(steps=10, batch=2, consensus_fraction=0.4, phase_boundary=0.6, consensus_bandwidth_scale=1e9)
-    edit(stack[1], AnalyticPrior(), "make it night", config, on_step=look)
-    assert [len(info.indices) for info in steps] == [4] * 4 + [2] * 6
-    assert min(info.timestep for info in steps[:4]) >= 599 >= max(info.timestep for info in steps[4:])
-    for displacement in displacements[:4]:
-        torch.testing.assert_close(displacement, displacement[:1].expand_as(displacement), rtol=1e-3, atol=1e-5)
-    assert not torch.allclose(displacements[4][steps[4].indices[0]], displacements[4][steps[4].indices[1]], atol=1e-3)
+def test_all_particles_take_part_in_every_step_and_timesteps_descend_slowly_at_first(stack):
+    steps = []
+    edit(stack[1], AnalyticPrior(), "make it night", EditConfig(steps=20), on_step=steps.append)
+    timesteps = [step.timestep for step in steps]
+    assert all(sorted(step.indices) == [0, 1, 2, 3] for step in steps)
+    assert (timesteps[0], timesteps[-1]) == (979, 20) and timesteps == sorted(timesteps, reverse=True)
+    assert timesteps[0] - timesteps[1] < timesteps[-2] - timesteps[-1]
+    assert [step.kernel is not None for step in steps] == [timestep >= 749 for timestep in timesteps]
 
 
-def test_of_many_particles_as_many_as_fit_move_as_one_each_in_its_turn(monkeypatch):
-    latents = torch.zeros(9, 3, 2, 2)
-    monkeypatch.setattr(phases, "MAX_STEP_ELEMENTS", 3 * latents[0].numel())
+def test_a_step_that_does_not_fit_in_memory_is_taken_in_parts_at_one_timestep(monkeypatch):
+    latents = torch.rand(7, 3, 2, 2)
+    monkeypatch.setattr(schedule, "MAX_STEP_ELEMENTS", 3 * latents[0].numel())
     seen = []
-    edit(LatentStack(latents), AnalyticPrior(), "make it night", EditConfig(steps=6, consensus_fraction=1), seen.append)
-    for turn in (seen[:3], seen[3:]):
-        assert sorted(index for info in turn for index in info.indices) == [*range(9)]
+    edit(LatentStack(latents), AnalyticPrior(), "make it night", EditConfig(steps=4), seen.append)
+    assert len(seen) == 4 * 3
+    for parts in (seen[:3], seen[3:6], seen[6:9], seen[9:]):
+        assert len({step.timestep for step in parts}) == 1
+        assert {index for step in parts for index in step.indices} == {*range(7)}
+        assert all(len(step.indices) == 3 for step in parts)
 
 
-@pytest.mark.parametrize(("total", "expected"), [(3, 3), (12, 8), (60, 20)])
-def test_by_default_a_third_of_the_particles_takes_part_in_a_step(total, expected):
-    drawn = []
-    images = torch.rand(total, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    stack = LatentStack(images)
-    config = EditConfig(steps=2, consensus_fraction=0.5)
-    edit(stack, AnalyticPrior(), "make it night", config, on_step=lambda info: drawn.append(len(info.indices)))
-    assert drawn == [total, expected]
+def test_random_timesteps_stay_in_their_range_and_a_batch_takes_its_size(stack):
+    seen = []
+    config = EditConfig(steps=50, schedule="random", batch=2, min_timestep=0.3, max_timestep=0.6)
+    edit(stack[1], AnalyticPrior(), "make it night", config, on_step=seen.append)
+    assert {len(step.indices) for step in seen} == {2}
+    timesteps = [step.timestep for step in seen]
+    assert 300 <= min(timesteps) < 380 and 520 < max(timesteps) <= 600 and timesteps != sorted(timesteps)
 
 
 def test_the_prior_never_sees_more_particles_at_once_than_a_batch(stack):
@@ -211,7 +207,7 @@ def test_the_prior_never_sees_more_particles_at_once_than_a_batch(stack):
             sizes.append(len(x_t))
             return super().noise_estimate(x_t, timestep, condition, text, branches)
 
-    config = EditConfig(steps=3, batch=2, consensus_fraction=0.3, image_guidance_scale=1.5)
+    config = EditConfig(steps=3, batch=2, image_guidance_scale=1.5)
     edit(stack[1], Watching(), "make it night", config)
     assert max(sizes) == 2 * 5
 
@@ -280,8 +276,8 @@ def test_master_latents_are_float32():
 
 
 def test_divergence_names_the_step(stack):
-    with pytest.raises(NonFiniteError, match=r"after step \d+ of 200"):
-        edit(stack[1], AnalyticPrior(), "make it night", EditConfig(lr=1e4, lr_decay=1, guidance_scale=1000))
+    with pytest.raises(NonFiniteError, match=r"after step \d+ of 30"):
+        edit(stack[1], AnalyticPrior(), "make it night", EditConfig(lr=1e4, guidance_scale=1000))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +287,7 @@ def test_divergence_names_the_step(stack):
         ("lr", -1.0),
         ("lr", float("nan")),
         ("lr_decay", 1.5),
-        ("batch", -1),
+        ("batch", 0),
         ("guidance_scale", -1.0),
         ("max_timestep", 1.2),
         ("steps", 1.5),
@@ -305,7 +301,7 @@ def test_settings_out_of_range_are_named(setting, value):
         EditConfig(**{setting: value})
 
 
-@pytest.mark.parametrize("setting", ["kernel_input", "transport", "baseline", "noise", "svgd"])
+@pytest.mark.parametrize("setting", ["kernel_input", "mixing", "baseline", "noise", "correspondence"])
 def test_misspelled_choices_are_named(setting):
     with pytest.raises(ValueError, match=f"{setting} must be one of .*; got of"):
         EditConfig(**{setting: "of"})
@@ -316,11 +312,15 @@ def test_presets(tmp_path):
     for name in preset_names():
         load_preset(name)
     assert load_preset("paper") == EditConfig(
+        steps=200,
         lr=2.0,
+        lr_decay=0.9,
         batch=4,
-        consensus_fraction=0,
+        schedule="random",
+        max_timestep=0.5,
+        weight="noise",
+        mixing="svgd",
         kernel_input="noisy",
-        bandwidth_scale=1.0,
         normalize_rows=False,
     )
     mine = tmp_path / "mine.yaml"
@@ -330,20 +330,8 @@ def test_presets(tmp_path):
         mine.write_text(text)
         with pytest.raises(ValueError, match=r"mine\.yaml"):
             load_preset(str(mine))
-    with pytest.raises(ValueError, match="expected default, color, fast, low-memory, paper"):
+    with pytest.raises(ValueError, match="expected default, low-memory, paper"):
         load_preset("nope")
-
-
-def test_old_names_of_settings_still_work_with_a_warning(tmp_path, capsys):
-    preset = tmp_path / "old.yaml"
-    preset.write_text("together: 0.3\nturn_timestep: 0.4\nbandwidth_scale_together: 7.0\n")
-    with pytest.warns(UserWarning, match="together is now called consensus_fraction"):
-        old = load_preset(str(preset))
-    assert old == EditConfig(consensus_fraction=0.3, phase_boundary=0.4, consensus_bandwidth_scale=7.0)
-    options = ["--together", "0.3", "--turn-timestep=0.4", "--bandwidth-scale-together", "7.0"]
-    command = _parse(["panorama", "in.png", "out.png", "--prompt", "make it night", *options])
-    assert command.options.edit == old
-    assert "csd: --turn-timestep is now called --phase-boundary." in capsys.readouterr().err
 
 
 def test_empty_prompt_and_unknown_prior():

@@ -35,8 +35,8 @@ def color(prompt: str):
 
 
 @pytest.mark.parametrize("wrap", [True, False])
-@pytest.mark.parametrize(("svgd", "deviations"), [(True, (0.03, 0.06)), (False, (0.0, 0.005))])
-def test_the_canvas_goes_to_a_gaussian_prior(svgd, deviations, wrap):
+@pytest.mark.parametrize(("mixing", "deviations"), [("svgd", (0.03, 0.06)), ("none", (0.0, 0.005))])
+def test_the_canvas_goes_to_a_gaussian_prior(mixing, deviations, wrap):
     """To its mean; with SVGD, whose particles repel each other, to samples of it, 0.1 / 2 from the mean in pixels."""
     crops: list[int] = []
     picture = generate(
@@ -44,7 +44,7 @@ def test_the_canvas_goes_to_a_gaussian_prior(svgd, deviations, wrap):
         "make it sepia",
         20,
         64,
-        replace(GENERATE, steps=200, svgd=svgd),
+        replace(GENERATE, steps=200, mixing=mixing),
         wrap=wrap,
         on_step=lambda info: crops.append(len(info.indices)),
     )
@@ -56,7 +56,7 @@ def test_the_canvas_goes_to_a_gaussian_prior(svgd, deviations, wrap):
 
 def test_prompts_share_the_picture_in_stripes():
     prompts = ["make it sepia", "make it night"]
-    picture = generate(gaussian(), prompts, 16, 96, replace(GENERATE, steps=150, svgd=False))
+    picture = generate(gaussian(), prompts, 16, 96, replace(GENERATE, steps=150, mixing="none"))
     for side, prompt in zip((picture[..., :16], picture[..., -16:]), prompts, strict=True):
         assert (side - color(prompt)).abs().max() < 0.03
 
@@ -148,8 +148,8 @@ def test_the_command(folder, tmp_path, capsys):
 
 def test_the_command_has_defaults_of_its_own(capsys):
     for arguments, defaults in (
-        ([], ["(default: 500)", "(default: 0.0)", "(default: noise)"]),
-        (["--preset", "paper"], ["(default: noisy)", "(default: 500)", "(default: 0.98)"]),
+        ([], ["(default: 500)", "(default: svgd)", "(default: noise)"]),
+        (["--preset", "paper"], ["(default: noisy)", "(default: 200)", "(default: 0.5)"]),
     ):
         with pytest.raises(SystemExit):
             main(["generate", *arguments, "--help"])

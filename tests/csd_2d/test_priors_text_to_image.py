@@ -146,7 +146,7 @@ def test_the_target_prompt_steers_the_edit_and_the_source_prompt_cancels_it(prio
     def edited(prompt: str) -> Tensor:
         source = images(3)
         particles = LatentStack(prior.encode(source))
-        edit(particles, prior, prompt, EditConfig(steps=3, batch=2, svgd=False))
+        edit(particles, prior, prompt, EditConfig(steps=3, batch=2, mixing="none"))
         return particles.latents.detach() - prior.encode(source)
 
     assert edited(TARGET).abs().max() > 1e-2

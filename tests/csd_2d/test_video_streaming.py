@@ -105,7 +105,7 @@ def test_a_step_has_gradients_of_those_alone_it_drew():
     assert [parameter.grad is not None for parameter in stack.parameters()] == [False, True, False, True, False]
 
 
-@pytest.mark.parametrize("stopped_at", [2, 7])  # in the first phase, in the second
+@pytest.mark.parametrize("stopped_at", [2, 7])  # under strong noise, under weak noise
 def test_an_interrupted_edit_goes_on_where_it_was(tmp_path, monkeypatch, stopped_at):
     clip, config = Clip(pictures(7)), EditConfig(steps=10, batch=3)
     prompt, state = "paint it a new color", tmp_path / "out.unfinished"

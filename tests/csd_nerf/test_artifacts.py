@@ -177,26 +177,31 @@ def test_running_out_of_memory_says_what_takes_less(scene_run, tmp_path, monkeyp
     assert memory_advice(thrifty).startswith("--pipeline.datamanager.train-num-rays-per-batch 2048 halves")
 
 
+OWN_PRESET = "{steps: 60, scene: {views_per_round: 16, steps_per_round: 2000, max_num_iterations: 30000}}"
+
+
 @pytest.mark.parametrize(
     ("preset", "expected"),
     [
-        ("fast", {"views_per_round": 0, "steps_per_round": 3000, "edit": EditConfig(steps=60)}),
-        ("low-memory", {"micro_batch": 1, "offload": True, "edit": EditConfig()}),
+        ("own.yaml", {"views_per_round": 16, "steps_per_round": 2000, "edit": EditConfig(steps=60)}),
+        ("low-memory", {"micro_batch": 1, "offload": True, "views_per_round": 0, "edit": EditConfig()}),
     ],
 )
-def test_presets_of_scenes(preset, expected, scene_run):
+def test_presets_of_scenes(preset, expected, scene_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(OWN_PRESET)
     config = csd_edit.config
     config = type(config)(**{**vars(config), "load_run": scene_run, "prompt": "make it night"})
     config.pipeline = CsdEditPipelineConfig(**{**vars(config.pipeline), "preset": preset, "prior": "analytic"})
     config.settle()
     assert {name: getattr(config.pipeline, name) for name in expected} == expected
-    steps = 3000 if preset == "fast" else 30000
+    steps = 30000 if preset == "own.yaml" else 3000
     assert config.max_num_iterations == steps
     assert all(optimizer["scheduler"].max_steps == steps for optimizer in config.optimizers.values())
-    assert csd_edit.config.optimizers["fields"]["scheduler"].max_steps == 30000
+    assert csd_edit.config.optimizers["fields"]["scheduler"].max_steps == 3000
 
 
-@pytest.mark.parametrize(("mode", "steps"), [("distill", 250), ("dataset-update", 2000)])
+@pytest.mark.parametrize(("mode", "steps"), [("distill", 250), ("dataset-update", 1000)])
 def test_slow_steps_are_saved_more_often(mode, steps, scene_run):
     config = copy.deepcopy(csd_edit.config)
     config.load_run, config.pipeline.mode = scene_run, mode  # type: ignore[attr-defined]

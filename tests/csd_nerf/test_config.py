@@ -68,7 +68,6 @@ def test_gaussians_are_split_on_demand_and_not_in_distill(capsys):
     ("config", "args", "message"),
     [
         (csd_edit_splat.config, ["--pipeline.datamanager.train-cameras-sampling-strategy", "fps"], "at random"),
-        (csd_edit.config, ["--pipeline.edit.transport", "both"], "transport is for videos and panoramas"),
         (csd_edit.config, ["--pipeline.model.use-proposal-weight-anneal"], "flatten the proposal weights"),
     ],
 )

@@ -41,6 +41,11 @@ class FakeViews:
     def render(self, index: int) -> torch.Tensor:
         return self.original(index) + 0.1
 
+    def surface(self, index: int) -> torch.Tensor:
+        """Return the points of a plane far from those of other views."""
+        y, x = torch.meshgrid(torch.arange(8 + index % 2), torch.arange(9), indexing="ij")
+        return torch.stack([x, y, torch.full_like(x, 1000 * index)]).float()
+
     def supervise(self, index: int, image: torch.Tensor) -> None:
         self.supervision[index] = image
 
@@ -82,7 +87,7 @@ def test_edited_images_supervise_and_are_written(tmp_path):
 def test_an_edit_starts_at_the_render_and_is_of_the_original(tmp_path, monkeypatch):
     calls = []
 
-    def edit_images(images, prior, prompt, config, start, masks, progress, resume):
+    def edit_images(images, prior, prompt, config, start, masks, correspondence, progress, resume):
         calls.append((images, start, config.seed, progress))
         return images
 

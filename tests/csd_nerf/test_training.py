@@ -325,13 +325,13 @@ def test_a_finished_run_whose_viewer_is_left_is_not_an_interrupted_one(scene_run
 
 def test_options_win_over_the_preset(scene_run, tmp_path):
     preset = tmp_path / "own.yaml"
-    preset.write_text("{lr: 2.0, svgd: false, scene: {views_per_round: 3, film_frames: 5, max_num_iterations: 4}}")
-    options = {"pipeline__edit": EditConfig(steps=20, svgd=True, lr=0.5), "pipeline__views_per_round": 2}
+    preset.write_text("{lr: 2.0, mixing: none, scene: {views_per_round: 3, film_frames: 5, max_num_iterations: 4}}")
+    options = {"pipeline__edit": EditConfig(steps=20, mixing="svgd", lr=0.5), "pipeline__views_per_round": 2}
     run = edit_in_process(tmp_path, 1, load_run=scene_run, pipeline__preset=str(preset), **options)
     config = yaml.load((run / "config.yml").read_text(), Loader=yaml.Loader)
     assert config.max_num_iterations == 1 and config.pipeline.views_per_round == config.pipeline.film_frames == 2
     # What is the method's default cannot be told from what was not given.
-    assert config.pipeline.edit == EditConfig(steps=20, svgd=False, lr=0.5)
+    assert config.pipeline.edit == EditConfig(steps=20, mixing="none", lr=0.5)
 
 
 def test_several_devices_are_refused(scene_run, tmp_path):

@@ -1,0 +1,212 @@
+"""Places that show the same thing move alike: frames by optical flow, views by their surfaces."""
+
+import math
+
+import pytest
+import torch
+
+from csd_2d import EditConfig, LatentStack, Layout
+from csd_2d.correspondence.flow import FrameFlows, warp
+from csd_2d.correspondence.surface import SurfaceCorrespondence
+from csd_2d.csd import NoisedParticles
+from csd_2d.edit import edit
+from csd_2d.metrics.consistency import warp_error
+from csd_2d.metrics.fidelity import agreement
+from csd_2d.mixing import ColorConsensus, PlaceConsensus, chained
+from csd_2d.priors.analytic import AnalyticPrior
+
+
+def moving_frames(count: int, step: int, size: int = 48, cell: int = 1):
+    """A smooth random texture that moves to the left by `step` cells a frame."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, size // 4, (size + count * step) // 4, generator=generator)
+    wide = torch.nn.functional.interpolate(
+        coarse, (size * cell, (size + count * step) * cell), mode="bicubic", align_corners=False
+    )[0].clamp(0, 1)
+    return [wide[:, :, k * step * cell : (k * step + size) * cell] for k in range(count)]
+
+
+@pytest.mark.parametrize("cell", [1, 4])
+def test_frames_follow_a_known_shift_in_latent_cells(cell):
+    flows = FrameFlows(moving_frames(3, 2, cell=cell), cell)
+    flow, valid = flows.between(0, 2)
+    assert flow.shape == (2, 48, 48)
+    inner = flow[:, 6:-6, 8:-6].flatten(1)
+    torch.testing.assert_close(inner.median(1).values, torch.tensor([-4.0, 0.0]), atol=0.3, rtol=0)
+    assert valid[0, 6:-6, 8:-6].mean() > 0.95
+    assert valid[0, :, :3].mean() < 0.1  # what leaves the picture on the left
+
+    values = torch.zeros(2, 1, 48, 48)
+    values[0, :, 20:24, 20:24] = 1
+    mean = flows.correspondence([0, 1])(values)
+    row, column = divmod(int(mean[1, 0].mul(100).round().argmax()), 48)
+    assert (20 <= row < 24) and (18 <= column < 22)  # two cells to the left of where it was
+    torch.testing.assert_close(mean[1, 0, 21:23, 19:21], torch.full((2, 2), 0.5), atol=0.1, rtol=0)
+
+
+def test_means_over_frames_are_the_slow_loop():
+    """Of every frame at most eight apart that the flow table holds, in any order of the frames."""
+    flows, values = FrameFlows(moving_frames(7, 1), 1), torch.randn(5, 2, 48, 48)
+    indices = [6, 0, 3, 1, 2]
+    mean = flows.correspondence(indices)(values)
+    for row, here in enumerate(indices):
+        total, weight = values[row].clone(), torch.ones(1, 48, 48)
+        for other, there in enumerate(indices):
+            if abs(here - there) not in (1, 2, 4, 8):
+                assert flows.between(here, there) is None
+                continue
+            flow, seen = flows.between(here, there)
+            total, weight = total + seen * warp(values[other], flow), weight + seen
+        torch.testing.assert_close(mean[row], total / weight)
+
+
+def test_frames_are_read_once_and_few_are_in_memory_and_pairs_may_be_shared_out():
+    alive, asked = [0], []
+
+    def frames():
+        for frame in moving_frames(14, 1):
+            alive[0] += 1
+            yield frame
+
+    def map_pairs(function, pairs):
+        for pair in pairs:
+            asked.append(pair[0])
+            assert alive[0] <= pair[0][1] + 1  # not read ahead
+            yield function(pair)
+
+    shared, alone = FrameFlows(frames(), 1, map_pairs=map_pairs), FrameFlows(moving_frames(14, 1), 1)
+    assert alive == [14] and len({*asked}) == len(asked)
+    assert {b - a for a, b in asked} == {1, 2, 4, 8}
+    for pair in [(0, 2), (2, 0), (13, 5)]:
+        assert all(torch.equal(*parts) for parts in zip(shared.between(*pair), alone.between(*pair), strict=True))
+
+
+def test_a_single_frame_has_nothing_to_follow():
+    value = torch.randn(1, 2, 48, 48)
+    assert torch.equal(FrameFlows(moving_frames(1, 2), 1).correspondence([0])(value), value)
+
+
+class Watched:
+    """An edit of frames with flows."""
+
+    def __init__(self, known: bool = True, start: torch.Tensor | None = None, **settings) -> None:
+        frames = torch.stack(moving_frames(4, 3))
+        self.flows, self.source = FrameFlows(frames, 1), AnalyticPrior().encode(frames)
+        self.asked: list[list[int]] = []
+        particles = LatentStack(self.source, start=start)
+        config = EditConfig(steps=10, **settings)
+        layout = Layout(correspondence=self.correspondence if known else None)
+        edit(particles, AnalyticPrior(), "invert the colors", config, layout=layout)
+        self.edited = particles.latents.detach()
+
+    def correspondence(self, indices):
+        self.asked.append(sorted(indices))
+        return self.flows.correspondence(indices)
+
+
+def test_places_are_matched_in_every_step_unless_it_is_switched_off():
+    assert Watched().asked == [[0, 1, 2, 3]] * 10
+    for settings in ({"correspondence": False}, {"mixing": "none"}, {"mixing": "svgd"}):
+        assert Watched(**settings).asked == []
+    assert Watched(known=False).asked == []
+
+
+def test_frames_leave_their_deviations_from_the_others_behind():
+    """What one frame alone has too much of is taken back: scores are exact here."""
+    frames = torch.stack(moving_frames(4, 3))
+    source = AnalyticPrior().encode(frames)
+    start = source.clone()
+    start[1] += 0.5
+    edited = Watched(start=start).edited
+    assert (edited[1] + source[1]).square().mean().sqrt() < 0.1
+
+
+def noised(source: torch.Tensor, change: torch.Tensor) -> NoisedParticles:
+    indices = list(range(len(source)))
+    return NoisedParticles(LatentStack(source), indices, 700, 0.6, 0.8, torch.zeros_like(source), source + change)
+
+
+def test_aims_are_averaged_where_places_are_known_and_nothing_else_changes():
+    source, change, scores = torch.randn(3, 3, 2, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
+
+    def top_row_of_the_first_two(values):
+        mean = values.clone()
+        mean[:2, :, 0] = values[:2, :, 0].mean(0)
+        return mean
+
+    rule = PlaceConsensus(lambda indices: top_row_of_the_first_two)
+    moved, kernel = rule(scores, noised(source, change))
+    assert kernel is None
+    torch.testing.assert_close(moved[:, :, 1:], scores[:, :, 1:])
+    torch.testing.assert_close(moved[2], scores[2])
+    aims = scores + 0.6 / 0.8 * change
+    mean = aims[:2, :, 0].mean(0)
+    torch.testing.assert_close(moved[:2, :, 0] + 0.6 / 0.8 * change[:2, :, 0], torch.stack([mean, mean]))
+    both, kernel = chained(ColorConsensus(), rule)(scores, noised(source, change))
+    first, _ = ColorConsensus()(scores, noised(source, change))
+    torch.testing.assert_close(both, rule(first, noised(source, change))[0])
+    assert kernel is not None
+
+
+def plane(shift: float, depth: float = 0.0, size: int = 32) -> torch.Tensor:
+    """Points of a plane that a view sees from straight above; (3, size, size)."""
+    y, x = torch.meshgrid(torch.arange(float(size)), torch.arange(float(size)), indexing="ij")
+    return torch.stack([x + shift, y, torch.full_like(x, depth)])
+
+
+def test_views_of_one_surface_share_what_is_coarse_and_keep_what_is_fine():
+    views = SurfaceCorrespondence(torch.stack([plane(0), plane(5.3), plane(10)]))
+    level = torch.tensor([0.0, 1.0, 5.0])[:, None, None, None]
+    fine = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    fine = fine - torch.nn.functional.avg_pool2d(fine, 9, 1, 4)
+    values = level + fine
+    mean = views([0, 1, 2])(values)
+    shift = (mean - values)[..., 4:-4, :]
+    seen_by_all = [shift[0, 0, :, 18:26], shift[1, 0, :, 13:20], shift[2, 0, :, 8:16]]
+    for amount, expected in zip(seen_by_all, (2, 1, -3), strict=True):
+        torch.testing.assert_close(amount, torch.full_like(amount, expected), atol=0.6, rtol=0)
+        assert abs(amount.mean() - expected) < 0.1
+    assert shift[0, 0, :, :3].abs().max() < 0.01  # seen by the first view alone
+
+
+def test_only_the_views_of_a_step_are_mixed_in_any_order():
+    views = SurfaceCorrespondence(torch.stack([plane(0), plane(5.3), plane(10)]))
+    values = torch.tensor([5.0, 0.0])[:, None, None, None].expand(2, 2, 32, 32)
+    mean = views([2, 0])(values)
+    torch.testing.assert_close(mean[0, :, 4:-4, 8:15], torch.full((2, 24, 7), 2.5), atol=0.02, rtol=0)
+    torch.testing.assert_close(mean[1, :, 4:-4, 18:25], torch.full((2, 24, 7), 2.5), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("depth", [12.0, -1e10])
+def test_what_another_surface_hides_is_not_mixed(depth):
+    """The second view looks along the same lines, but another surface is before, or nothing."""
+    views = SurfaceCorrespondence(torch.stack([plane(0), plane(0, depth), plane(0)]))
+    values = torch.tensor([0.0, 9.0, 1.0])[:, None, None, None].expand(3, 1, 32, 32)
+    mean = views([0, 1, 2])(values)
+    torch.testing.assert_close(mean[1], values[1])
+    torch.testing.assert_close(mean[0], torch.full((1, 32, 32), 0.5))
+
+
+def test_a_far_background_corresponds_by_direction():
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    near = torch.stack([plane(0), plane(3)])
+    sky = [1e9 * torch.stack([(x + turn).sin(), y, (x + turn).cos()]) for turn in (0.0, 0.5)]
+    views = SurfaceCorrespondence(torch.cat([near, torch.stack(sky)]))
+    values = torch.tensor([0.0, 0.0, 2.0, 4.0])[:, None, None, None].expand(4, 1, 32, 32)
+    mean = views([0, 1, 2, 3])(values)
+    torch.testing.assert_close(mean[:2], values[:2])
+    # Its cells lie further apart than a cube, so that not all of them find others.
+    assert (mean[2, 0, 12:-12, 18:25] - 2).min() > 0.2 and (mean[2, 0, :, :2] - 2).abs().max() < 0.01
+
+
+def test_metrics_of_a_moving_picture():
+    frames = torch.stack(moving_frames(3, 2))
+    flow = torch.tensor([-2.0, 0.0])[:, None, None].expand(2, 2, 48, 48)
+    seen = (torch.arange(48) > 1).float().expand(2, 1, 48, 48)
+    assert warp_error(frames, flow, seen) < 1e-10
+    assert warp_error(frames, 0 * flow, seen) > 1e-3
+    frames[1] += 0.1  # a flash: both pairs differ by it
+    assert warp_error(frames, flow, seen) == pytest.approx(0.01, rel=1e-4)
+    share, psnr = agreement(frames, [frames - 0.1, frames + 0.01])
+    assert share == 1 and psnr.tolist() == pytest.approx([40.0] * 3, abs=1e-3)
+    assert math.isfinite(float(psnr.mean()))
