@@ -45,10 +45,10 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 class EditConfig:
     """Settings of one edit; `load_preset` reads other sets of defaults."""
 
-    steps: int = 30
+    steps: int = 20
     """Optimizer steps (paper: 200). Every particle takes part in each, unless `batch` says otherwise."""
     lr: float | None = None
-    """Learning rate of SGD on the latents (paper: 2). Default: 27 / steps, but at most 1, so that more steps average
+    """Learning rate of SGD on the latents (paper: 2). Default: 12 / steps, but at most 1, so that more steps average
     over more noise and go no further."""
     lr_decay: float = 1.0
     """Factor on the learning rate every `lr_decay_every` steps (authors' code: 0.9)."""
@@ -67,13 +67,15 @@ class EditConfig:
     """Smallest timestep, as a share of the noise schedule (authors' code: 0.02)."""
     max_timestep: float = 0.98
     """Largest timestep, as a share of the noise schedule (authors' code: 0.5)."""
-    baseline: Baseline = "image"
-    """Subtracted from the guided estimate: CSD-Edit's image-conditional estimate, SDS's noise, or nothing."""
+    baseline: Baseline | None = None
+    """Subtracted from the guided estimate: CSD-Edit's image-conditional estimate of the noised source, the noise, or
+    nothing. Default: the noise, but image for models that take no image. What a model expects of an image without an
+    instruction is a mean of all edits, not the image: under strong noise that error goes into the edit."""
     mixing: MixingMode = "consensus"
     """What particles share. consensus: under strong noise all change their colors as the most typical of them does, and
     corresponding places move alike; the rest of each score stays its own. svgd: all scores, mixed by a kernel, as
     published. none: nothing."""
-    consensus_timestep: float = 0.75
+    consensus_timestep: float = 0.5
     """Smallest timestep of the consensus on colors, as a share of the noise schedule: weaker noise leaves no answer
     open."""
     correspondence: bool = True
@@ -98,7 +100,7 @@ class EditConfig:
         for name, bounds in _RANGES.items():
             _check_number(name, getattr(self, name), *bounds)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in (*choices, getattr(type(self), name)):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(self, name)}.")
         if self.min_timestep > self.max_timestep:
             raise ValueError(
@@ -108,7 +110,7 @@ class EditConfig:
     @property
     def learning_rate(self) -> float:
         """The learning rate, `lr` or its default."""
-        return min(27 / self.steps, 1.0) if self.lr is None else self.lr
+        return min(12 / self.steps, 1.0) if self.lr is None else self.lr
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from csd_2d.kernels import KernelMatrix
@@ -154,6 +154,12 @@ class NoisedParticles:
     @property
     def source_t(self) -> Float[Tensor, "n c h w"]:
         return add_noise(self.source, self.noise, self.alpha, self.sigma)
+
+    def select(self, rows: Int[Tensor, " k"]) -> "NoisedParticles":
+        """Select some of the particles by their rows."""
+        return replace(
+            self, indices=[self.indices[row] for row in rows.tolist()], noise=self.noise[rows], x_0=self.x_0[rows]
+        )
 
     def split(self, size: int) -> list["NoisedParticles"]:
         """Split into parts of at most `size` particles."""

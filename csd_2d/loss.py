@@ -11,7 +11,7 @@ from torch import Tensor
 
 from csd_2d import ranks
 from csd_2d.config import EditConfig
-from csd_2d.csd import Mixing, NoisedParticles, Step, csd_step, edit_residual
+from csd_2d.csd import Baseline, Mixing, NoisedParticles, Step, csd_step, edit_residual
 from csd_2d.particles import Layout, Particles, noise_source
 from csd_2d.prior import Prior
 from csd_2d.schedule import Schedule
@@ -66,6 +66,8 @@ class EditLoss:
             name: getattr(prior if getattr(self.config, name) is None else self.config, name)
             for name in ("guidance_scale", "image_guidance_scale")
         }
+        takes_images = prior.condition(particles.source([0])).shape[1] > 0
+        self._baseline: Baseline = self.config.baseline or ("noise" if takes_images else "image")
         self.index = 0
         """Number of the next step."""
         self._generator = torch.Generator().manual_seed(self.config.seed)
@@ -128,7 +130,7 @@ class EditLoss:
                 timestep=part.timestep,
                 text=self._text,
                 **self.guidance,
-                baseline=self.config.baseline,
+                baseline=self._baseline,
                 shares=None if shares is None else shares(part.indices),
             )
             for part in noised.split(self._schedule.rows_at_once * ranks.size())

@@ -122,55 +122,86 @@ class ColorConsensus:
     """Let all particles change their colors as one of them does; the rest of each score stays its own (a `Mixing`).
 
     Pixels of different images show different things, so that their scores cannot be averaged. A change of color has no
-    place: it is an affine map from colors of the source to colors. Each particle's aim, its score plus its change so
-    far, is projected onto such maps by least squares. The particle whose map agrees best with those of all others, the
-    leader, passes its map on: in every other particle it replaces the particle's own map. A mean of maps would not do:
-    while the instruction leaves several answers open, they cancel.
+    place: it is an affine map from colors of the source to colors. Each particle's aim (see `change_so_far`) is
+    projected onto such maps by least squares. The particle whose map agrees best with those of all others, the leader,
+    passes its map on: it replaces those of the particles that disagree with it. A mean of maps would not do: while the
+    instruction leaves several answers open, they cancel. Where most aims are no changes of color, of one object for
+    example, nothing is shared.
 
     This is SVGD in a low-dimensional projection of the particles (Chen & Ghattas, NeurIPS 2020, arXiv 2002.03469)
     with two differences: there is no repulsion, which drives particles to different answers, and the kernel's weights
     are those of a single particle.
     """
 
-    ridge: float = 0.05
+    explained: float = 0.8
+    """Share of an aim's square that its map must explain, of the median particle, or nothing is shared."""
+    alike: float = 0.8
+    """Cosine of a particle's map and the leader's, on the particle's own colors, from which on it keeps its own."""
+    ridge: float = 0.01
     """Pull of the leader's map towards no change in colors that it does not show, relative to how often the average
     particle shows them."""
 
     def __call__(
         self, scores: Float[Tensor, "n c h w"], noised: NoisedParticles
     ) -> tuple[Float[Tensor, "n c h w"], KernelMatrix]:
-        source, count = noised.source, len(scores)
+        source = noised.source
         colors = torch.cat([source, torch.ones_like(source[:, :1])], 1).flatten(2).mT
         aims = (scores + change_so_far(noised)).flatten(2).mT
         moments, products = colors.mT @ colors, colors.mT @ aims
         # Gray images, or those of one color, do not determine a map, not even all together.
-        average = moments.mean(0) + 1e-3 * torch.eye(colors.shape[-1]).to(moments) * colors.shape[1]
+        average = moments.mean(0) + 1e-3 * colors.shape[1] * torch.eye(colors.shape[-1]).to(moments)
         own = torch.linalg.solve(moments + 1e-3 * average, products)
-        leader = most_typical(own, average)
+        alike = cosines(own, moments)
+        leader = int(alike.clamp(min=0).sum(0).argmax())
         passed_on = torch.linalg.solve(moments[leader] + self.ridge * average, products[leader])
+        explained = (colors @ own).square().sum((1, 2)) / aims.square().sum((1, 2)).clamp(min=1e-12)
+        follows = (alike[:, leader] < self.alike) & (explained.median() > self.explained)
+        follows[leader] = False
         shift = (colors @ (passed_on - own)).mT.view_as(scores)
-        shift[leader] = 0
-        gram = torch.zeros(count, count, dtype=scores.dtype, device=scores.device)
-        gram[:, leader] = 1
-        return scores + shift, KernelMatrix(gram, torch.zeros_like(gram))
+        gram = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
+        gram[follows] = gram[leader].clone()
+        direction = torch.where(follows[:, None, None, None], scores + shift, scores)
+        return direction, KernelMatrix(gram, torch.zeros_like(gram))
 
 
-def most_typical(maps: Float[Tensor, "n a b"], moments: Float[Tensor, "a a"]) -> int:
-    """Find the map that agrees best with all others, by the sum of their positive cosines as functions of colors.
+def cosines(maps: Float[Tensor, "n a b"], moments: Float[Tensor, "n a a"]) -> Float[Tensor, "n n"]:
+    """Compare changes of color, in row i on the colors of particle i.
+
+    On colors that a particle does not show its map means nothing.
 
     Args:
         maps: each takes a color to a change.
-        moments: second moments of the colors on which maps are compared.
+        moments: second moments of each particle's colors.
     """
-    products = torch.einsum("iab,ac,jcb->ij", maps, moments, maps)
-    norms = products.diagonal().clamp(min=1e-12).sqrt()
-    cosines = products / norms[:, None] / norms
-    return int(cosines.clamp(min=0).sum(0).argmax())
+    products = torch.einsum("iab,iac,jcb->ij", maps, moments, maps)
+    norms = torch.einsum("jab,iac,jcb->ij", maps, moments, maps).clamp(min=1e-12).sqrt()
+    return products / norms.diagonal()[:, None] / norms
 
 
 def own_scores(scores: Float[Tensor, "n c h w"], noised: NoisedParticles) -> tuple[Float[Tensor, "n c h w"], None]:
     """Let every particle follow its own score (a `csd_2d.csd.Mixing`): SVGD switched off."""
     return scores, None
+
+
+def per_prompt(rule: Mixing, shares: Callable[[Sequence[int]], Float[Tensor, "n prompts _ _"]]) -> Mixing:
+    """Apply a rule to the particles of each of several prompts by themselves; particles of two keep their scores.
+
+    Args:
+        shares: see `csd_2d.particles.Layout`.
+    """
+
+    def mix(scores: Float[Tensor, "n c h w"], noised: NoisedParticles) -> tuple[Float[Tensor, "n c h w"], KernelMatrix]:
+        direction = scores.clone()
+        gram = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
+        for share in shares(noised.indices).flatten(2).amin(2).unbind(1):
+            rows = (share > 0.99).nonzero()[:, 0]
+            if len(rows):
+                direction[rows], kernel = rule(scores[rows], noised.select(rows))
+                if kernel is not None:
+                    gram[rows[:, None], rows] = kernel.gram
+        return direction, KernelMatrix(gram, torch.zeros_like(gram))
+
+    return mix
 
 
 def chained(*rules: Mixing) -> Mixing:

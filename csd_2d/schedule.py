@@ -9,7 +9,7 @@ from torch import Tensor
 from csd_2d.config import EditConfig
 from csd_2d.csd import Mixing, NoisedParticles
 from csd_2d.kernels import KernelMatrix, RBFKernel
-from csd_2d.mixing import SVGD, ColorConsensus, FindCorrespondence, PlaceConsensus, chained, own_scores
+from csd_2d.mixing import SVGD, ColorConsensus, PlaceConsensus, chained, own_scores, per_prompt
 from csd_2d.particles import Layout
 
 MAX_STEP_ELEMENTS = 2**24
@@ -91,8 +91,7 @@ class Schedule:
         self.rows_at_once = min(size, max(1, most // 16))
         """Particles that go to the prior together, so that large batches take little more memory than small ones."""
         self.batches = Batches(rounds, 0 if size >= longest else size, generator)
-        find = layout.correspondence if config.correspondence else None
-        self._rules = (mixing, mixing) if mixing is not None else _rules(config, find)
+        self._rules = (mixing, mixing) if mixing is not None else _rules(config, layout)
 
     def _level(self, index: int) -> float | None:
         """Compute the timestep of a step, as a share of the noise schedule; None: it is drawn."""
@@ -118,7 +117,7 @@ class Schedule:
         return (strong if consensus else weak)(scores, noised)
 
 
-def _rules(config: EditConfig, find: FindCorrespondence | None) -> tuple[Mixing, Mixing]:
+def _rules(config: EditConfig, layout: Layout) -> tuple[Mixing, Mixing]:
     """Choose the rules that mix scores under strong noise, and under weak noise."""
     if config.mixing == "none":
         return own_scores, own_scores
@@ -126,8 +125,8 @@ def _rules(config: EditConfig, find: FindCorrespondence | None) -> tuple[Mixing,
         kernel = RBFKernel(bandwidth_scale=config.bandwidth_scale)
         svgd = SVGD(kernel, config.kernel_input, config.normalize_rows)
         return svgd, svgd
-    colors = ColorConsensus()
-    if find is None:
+    colors = ColorConsensus() if layout.shares is None else per_prompt(ColorConsensus(), layout.shares)
+    if layout.correspondence is None or not config.correspondence:
         return colors, own_scores
-    places = PlaceConsensus(find)
+    places = PlaceConsensus(layout.correspondence)
     return chained(colors, places), places

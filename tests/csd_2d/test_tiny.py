@@ -69,6 +69,45 @@ def test_object_instructions_change_only_the_object():
     assert scenes.visible["ball"][hidden].mean((1, 2, 3)).max() < 0.015
 
 
+def test_a_change_of_structure_leaves_everything_else_as_it_was():
+    scenes = draw_scenes(64, 32, generator(5))
+    shows_ball = scenes.visible["ball"].mean((1, 2, 3)) > 0.05
+    for change, near in (("without ball", scenes.visible["ball"]), ("box for ball", None), ("hat", None)):
+        again = scenes.redraw(change)
+        gap = (again - scenes.images).abs().amax(1)
+        assert gap[~(scenes.visible["ball"].amax((1, 2, 3)) > 0)].max() < 1e-6  # no ball, no change
+        assert (gap > 0.04).float().mean((1, 2))[shows_ball].min() > 0.005
+        if near is not None:
+            assert gap[near[:, 0] == 0].max() < 1e-5
+    assert torch.equal(scenes.redraw("hat"), scenes.redraw("hat"))
+    above = (scenes.redraw("hat") - scenes.images).abs().amax(1)[shows_ball] > 0.04
+    rows = torch.arange(32.0)[:, None]
+    height = [(mask * rows).sum((1, 2)) / mask.sum((1, 2)) for mask in (above, scenes.visible["ball"][shows_ball, 0])]
+    assert (height[0] < height[1]).float().mean() > 0.8  # most hats sit on top; balls turn, a few hang
+    corner = (scenes.redraw("sun") - scenes.images)[..., :8, -8:].mean((1, 2, 3))
+    assert corner.mean() > 0.05
+
+
+def test_structural_instructions_are_answered_by_the_scene_drawn_anew_and_only_if_it_can_be():
+    scenes = draw_scenes(16, 32, generator(6))
+    for name, change in {"remove the cone": "without cone", "put a hat on the ball": "hat"}.items():
+        instruction = INSTRUCTIONS[name]
+        rows = instruction.fits(scenes).nonzero()[:, 0]
+        assert torch.equal(instruction.answer(scenes, rows), scenes.redraw(change)[rows])
+        assert not instruction.fits(Scenes(scenes.images, scenes.visible)).any()
+
+
+def test_changed_structure_weighs_more_in_the_loss():
+    scenes = draw_scenes(16, 32, generator(7))
+    targets = scenes.redraw("sun")
+    weights = train._weights(scenes, targets, ["let the sun shine"] * 8 + ["make it night"] * 8)
+    changed = (targets - scenes.images).abs().amax(1, keepdim=True) > train.CHANGED
+    assert weights[:8][changed[:8]].min() == train.CHANGE_WEIGHT
+    plain = 1 + (train.OBJECT_WEIGHT - 1) * scenes.masks.sum(1, keepdim=True)
+    torch.testing.assert_close(weights[8:], plain[8:])
+    torch.testing.assert_close(weights[:8][~changed[:8]], plain[:8][~changed[:8]])
+
+
 def test_ambiguous_instructions_get_each_answer_equally_often():
     scenes = draw_scenes(1, 16, generator(2))
     visible = {name: seen.expand(4000, -1, -1, -1) for name, seen in scenes.visible.items()}
