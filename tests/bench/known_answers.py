@@ -80,6 +80,7 @@ VARIANTS: dict[str, EditConfig | None] = {
     "paper, random noise": load_preset("paper-random-noise"),
     "default": DEFAULT,
     "default, no correspondence": dataclasses.replace(DEFAULT, correspondence=False),
+    "default, image baseline": dataclasses.replace(DEFAULT, baseline="image"),
     "default, guidance 2": dataclasses.replace(DEFAULT, guidance_scale=2.0),
     "default, half the steps": dataclasses.replace(DEFAULT, steps=DEFAULT.steps // 2),
     "default, 4x the steps": dataclasses.replace(DEFAULT, steps=4 * DEFAULT.steps),
