@@ -45,10 +45,10 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 class EditConfig:
     """Settings of one edit; `load_preset` reads other sets of defaults."""
 
-    steps: int = 20
+    steps: int = 30
     """Optimizer steps (paper: 200). Every particle takes part in each, unless `batch` says otherwise."""
     lr: float | None = None
-    """Learning rate of SGD on the latents (paper: 2). Default: 12 / steps, but at most 1, so that more steps average
+    """Learning rate of SGD on the latents (paper: 2). Default: 8 / steps, but at most 1, so that more steps average
     over more noise and go no further."""
     lr_decay: float = 1.0
     """Factor on the learning rate every `lr_decay_every` steps (authors' code: 0.9)."""
@@ -110,7 +110,7 @@ class EditConfig:
     @property
     def learning_rate(self) -> float:
         """The learning rate, `lr` or its default."""
-        return min(12 / self.steps, 1.0) if self.lr is None else self.lr
+        return min(8 / self.steps, 1.0) if self.lr is None else self.lr
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

@@ -276,7 +276,7 @@ def test_master_latents_are_float32():
 
 
 def test_divergence_names_the_step(stack):
-    with pytest.raises(NonFiniteError, match=r"after step \d+ of 20"):
+    with pytest.raises(NonFiniteError, match=r"after step \d+ of 30"):
         edit(stack[1], AnalyticPrior(), "make it night", EditConfig(lr=1e4, guidance_scale=1000))
 
 

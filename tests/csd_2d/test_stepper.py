@@ -231,4 +231,4 @@ def test_the_readme_edits_step_by_step(tmp_path, monkeypatch):
     for seed, name in enumerate(("a.png", "b.png")):
         write_image(smooth(16, 16, seed), tmp_path / name)
     exec(code, {})
-    assert {path.name for path in tmp_path.glob("step_*.png")} == {f"step_{count}.png" for count in range(10, 21, 10)}
+    assert {path.name for path in tmp_path.glob("step_*.png")} == {f"step_{count}.png" for count in range(10, 31, 10)}
