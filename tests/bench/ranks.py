@@ -32,7 +32,7 @@ TASKS = ("pixel frames", "frames", "panorama")
 def _edit(task: str, prior: Prior, steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     # Every step takes all particles; on random weights a rate as usual would diverge.
-    config = EditConfig(steps=steps, batch=0, lr=1e-3)
+    config = EditConfig(steps=steps, lr=1e-3)
     if task == "panorama":
         edit_panorama(torch.rand(3, 128, 512, generator=generator), prior, "it", config)
     elif task == "frames":

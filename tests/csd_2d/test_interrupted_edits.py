@@ -129,7 +129,7 @@ def test_an_edit_can_be_ended_early():
 def arguments(tmp_path):
     write_image(smooth(64, 400), tmp_path / "in.png")
     paths = [str(tmp_path / name) for name in ("in.png", "out.png")]
-    return ["panorama", *paths, "--prompt", "make it night", "--prior", "analytic", "--steps", "150"]
+    return ["panorama", *paths, "--prompt", "make it night", "--prior", "analytic", "--steps", "600"]
 
 
 def run_with(seconds: float, arguments: list[str]) -> list[str]:
@@ -148,7 +148,7 @@ def test_ctrl_c_and_resume(tmp_path, arguments):
     assert "interrupted; the same command with --resume goes on." in running.communicate()[1]
     assert running.returncode == 130 and not output.exists()
     resumed = subprocess.run([*run_with(0.2, arguments), "--resume"], stderr=subprocess.PIPE, text=True, check=True)
-    assert " 0/150" not in resumed.stderr and "150/150" in resumed.stderr
+    assert " 0/600" not in resumed.stderr and "600/600" in resumed.stderr
     assert not state.exists()
     main([*arguments[:2], str(tmp_path / "whole.png"), *arguments[3:]])
     assert torch.equal(read_image(output), read_image(tmp_path / "whole.png"))
@@ -160,7 +160,7 @@ def test_ctrl_c_before_anything_is_saved_promises_nothing(tmp_path, arguments):
     running = subprocess.Popen(run_with(1000, arguments), stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
     said = ""
-    while "1/150" not in said:
+    while "1/600" not in said:
         said += running.stderr.read(1)
     running.send_signal(signal.SIGINT)
     assert running.communicate()[1].endswith("csd: interrupted.\n")

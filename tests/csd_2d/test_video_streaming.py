@@ -54,7 +54,7 @@ class Watched(Streamed):
 def test_an_edit_from_files_is_the_edit_from_memory_bit_for_bit(masked, tmp_path):
     frames = pictures(11)
     masks = [(image[:1] > 0.4).float() for image in frames] if masked else None
-    config = EditConfig(steps=12, batch=4)
+    config = EditConfig(steps=12, batch=4, correspondence=False)
     expected = edit_images(frames, AnalyticPrior(), "paint it a new color", config, masks=masks)
     clip = edit_video(Clip(frames), AnalyticPrior(), "paint it a new color", config, masks, scratch=tmp_path)
     assert not any(tmp_path.iterdir())  # the files have no name: nothing to clean up, even after a crash

@@ -11,8 +11,10 @@ from csd_nerf.methods import csd_edit_tiny
 from tests.bench import scene_edit
 from tests.bench.scene_edit import Results, edit_scene, image_steps, main, methods
 
-ROWS_AN_IMAGE = 2
-"""Of the analytic prior, whose guidance scales are 1: the text branch, and the baseline of the source."""
+
+def rows_an_image(name: str) -> int:
+    """Count the rows of the analytic prior, whose guidance scales are 1: the text's, and of an image baseline one."""
+    return 2 if name == "paper" else 1
 
 
 @pytest.mark.parametrize("selection", [False, True])
@@ -28,7 +30,7 @@ def test_the_cost_is_what_the_prior_is_asked_for(name, scene_run, num_views, tmp
     method = methods(num_views, 8, EditConfig(steps=5, batch=4), selection=False)[name]
     _, cost = edit_scene(tmp_path, scene_run, "analytic", "paint it blue", method, 8, seed=0)
     planned = method.rounds * image_steps(method.edit, method.views_per_round or num_views)
-    assert cost == {"unet_rows": ROWS_AN_IMAGE * planned, "nerf_steps": 5 if name == "distill" else 8}
+    assert cost == {"unet_rows": rows_an_image(name) * planned, "nerf_steps": 5 if name == "distill" else 8}
 
 
 def test_rows_are_measured_once(scene_run, num_views, tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def edit(output: Path, device: str, iterations: int, **options) -> Path:
         "pipeline__datamanager__cache_images": "cpu" if device == "cuda" else "gpu",  # "cpu" pins memory: needs CUDA
         "pipeline__prompt": "make it night",
         "pipeline__prior": "analytic",
-        "pipeline__edit": EditConfig(steps=50),
+        "pipeline__edit": EditConfig(steps=80, correspondence=False),
         "pipeline__steps_per_round": 20,
         "pipeline__views_per_round": 0,
         "pipeline__film_frames": 2,
