@@ -34,7 +34,8 @@ class SurfaceCorrespondence:
     Space is divided into cubes that measure `cube` cells. In each of them, the mean over the cells of one view is
     replaced by that over the cells of all; what is finer stays each view's own, so that inexact depth does not blur it.
     A cell has shares in the eight cubes around it (trilinear interpolation), so that cubes leave no borders. A surface
-    that another view does not see has no cells of that view near it, and nothing is mixed there.
+    that another view does not see has no cells of that view near it, unless another surface lies within a cube of it:
+    both sides of a thin wall are mixed. Where most cells show a far background, cubes are too large for what is near.
 
     Args:
         points: the point of the scene that each cell of each view shows, in the scene's coordinates.

@@ -147,7 +147,9 @@ class DatasetUpdate:
         config = dataclasses.replace(self._config, seed=self._config.seed * 10_000 + number)
         if config.mixing == "consensus" and number * count >= len(self._views):
             # All views were edited before. Stronger noise would let them forget the answer that the scene shows.
-            config = dataclasses.replace(config, max_timestep=max(config.consensus_timestep, config.min_timestep))
+            config = dataclasses.replace(
+                config, max_timestep=max(min(config.max_timestep, config.consensus_timestep), config.min_timestep)
+            )
         return config
 
     def _correspondence(self, drawn: list[int], start: list[Tensor]) -> FindCorrespondence:
