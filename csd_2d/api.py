@@ -11,14 +11,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from csd_2d.cells import common_size
 from csd_2d.config import EditConfig
 from csd_2d.csd import Step
 from csd_2d.edit import edit
 from csd_2d.image_set import ImageStack
 from csd_2d.io.images import to_array, to_tensor
 from csd_2d.loss import Prompt, check_prompt
-from csd_2d.mixing import FindCorrespondence
 from csd_2d.panorama import PanoramaCanvas
 from csd_2d.particles import Layout, Particles
 from csd_2d.prior import Prior
@@ -200,19 +198,14 @@ class CsdVideoPipeline(CsdPipeline):
         config = _settings(config, num_inference_steps, guidance_scale, image_guidance_scale, generator)
         _check_output(output_type)
         sources = [_tensor(frame) for frame in frames]
-        find = self._followed(sources, config) if follow else None
+        sizes = [(source.shape[-2], source.shape[-1]) for source in sources]
+        find = followed(sources, sizes, self.prior, config) if follow else None
         images = ImageStack(sources, self.prior, correspondence=find, **stack)
         stacked = images.particles
         self._run(stacked, images.layout, stacked.latents, prompt, config, callback_on_step_end, progress, resume)
         if output_type == "latent":
             return VideoOutput(list(stacked.render(range(len(stacked))).detach()))
         return VideoOutput([_output(frame, output_type) for frame in images.decode()])
-
-    def _followed(self, frames: list[Tensor], config: EditConfig) -> FindCorrespondence | None:
-        sizes = [frame.shape[-2:] for frame in frames]
-        if len({*sizes}) != 1:
-            return None
-        return followed(frames, self.prior, common_size(sizes, self.prior.cell), config)
 
 
 def _settings(

@@ -27,7 +27,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "bandwidth_scale": (1e-12, 1e12),
     "seed": (0, 2**40),
 }
-_OPTIONAL = {"lr", "batch", "guidance_scale", "image_guidance_scale"}
 _WHOLE = {"steps", "lr_decay_every", "batch", "seed"}
 _CHOICES: dict[str, tuple[object, ...]] = {
     "schedule": get_args(Order),
@@ -97,15 +96,22 @@ class EditConfig:
     """Seed of timesteps, noise and the choice of particles."""
 
     def __post_init__(self) -> None:
+        left_out = {name for name, value in vars(self).items() if value is None and getattr(type(self), name) is None}
         for name, bounds in _RANGES.items():
-            _check_number(name, getattr(self, name), *bounds)
+            if name not in left_out:
+                _check_number(name, getattr(self, name), *bounds)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in (*choices, getattr(type(self), name)):
+            if name not in left_out and getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(self, name)}.")
         if self.min_timestep > self.max_timestep:
             raise ValueError(
                 f"min_timestep must not exceed max_timestep; got {self.min_timestep} and {self.max_timestep}."
             )
+
+    @property
+    def matches_places(self) -> bool:
+        """Whether corresponding places move alike, where they are known."""
+        return self.mixing == "consensus" and self.correspondence
 
     @property
     def learning_rate(self) -> float:
@@ -114,8 +120,6 @@ class EditConfig:
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if value is None and name in _OPTIONAL:
-        return
     whole = name in _WHOLE
     number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high:  # type: ignore[operator]  # NaN is not in any range

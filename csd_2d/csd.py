@@ -193,7 +193,7 @@ class Step:
     direction: Float[Tensor, "n c h w"]
     """phi of eq. 9; particles move along +phi."""
     kernel: KernelMatrix | None
-    """Kernel matrix that mixed the scores; None if each particle followed its own."""
+    """Kernel matrix that mixed the scores of whole particles; None if none did."""
 
     @property
     def indices(self) -> list[int]:

@@ -66,15 +66,15 @@ class EditLoss:
             name: getattr(prior if getattr(self.config, name) is None else self.config, name)
             for name in ("guidance_scale", "image_guidance_scale")
         }
-        takes_images = prior.condition(particles.source([0])).shape[1] > 0
+        first = particles.source([0])
+        takes_images = prior.condition(first).shape[1] > 0
         self._baseline: Baseline = self.config.baseline or ("noise" if takes_images else "image")
         self.index = 0
         """Number of the next step."""
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self._draw_noise = noise_source(self.config.noise, self.layout)
-        elements = particles.source([0]).numel()
         self._schedule = Schedule(
-            self.config, self.layout, len(particles), elements, prior.num_timesteps, self._generator, mixing
+            self.config, self.layout, len(particles), first.numel(), prior.num_timesteps, self._generator, mixing
         )
         self.steps = self._schedule.steps
         """Steps of the configuration; more if a step would not fit in memory, see `Schedule`."""

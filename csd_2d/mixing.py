@@ -173,8 +173,8 @@ def cosines(maps: Float[Tensor, "n a b"], moments: Float[Tensor, "n a a"]) -> Fl
         maps: each takes a color to a change.
         moments: second moments of each particle's colors.
     """
-    products = torch.einsum("iab,iac,jcb->ij", maps, moments, maps)
-    norms = torch.einsum("jab,iac,jcb->ij", maps, moments, maps).clamp(min=1e-12).sqrt()
+    products = (moments @ maps).flatten(1) @ maps.flatten(1).mT
+    norms = (moments.flatten(1) @ (maps @ maps.mT).flatten(1).mT).clamp(min=1e-12).sqrt()
     return products / norms.diagonal()[:, None] / norms
 
 

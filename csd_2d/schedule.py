@@ -126,7 +126,7 @@ def _rules(config: EditConfig, layout: Layout) -> tuple[Mixing, Mixing]:
         svgd = SVGD(kernel, config.kernel_input, config.normalize_rows)
         return svgd, svgd
     colors = ColorConsensus() if layout.shares is None else per_prompt(ColorConsensus(), layout.shares)
-    if layout.correspondence is None or not config.correspondence:
+    if layout.correspondence is None or not config.matches_places:
         return colors, own_scores
     places = PlaceConsensus(layout.correspondence)
     return chained(colors, places), places

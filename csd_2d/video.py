@@ -63,12 +63,8 @@ def edit_video(
     size = common_size(sizes, prior.cell)
     config = config or EditConfig()
     stack = _encoded(clip.frames, masks, keys, prior, size, progress, scratch)
-    silent = progress is None or ranks.rank() > 0
-    bar = tqdm(clip.frames, "optical flow", disable=silent, leave=False, unit="frame")
-    keyed = (frame for index, frame in enumerate(bar) if index in {*keys})
-    find = None if len({*sizes}) > 1 else followed(keyed, prior, size, config, TensorFile(scratch))
-    layout = Layout(correspondence=find)
-    edit(stack, prior, prompt, config, on_step, progress, resume, layout=layout)
+    find = followed(_keyed(clip.frames, keys, progress), sizes, prior, config, TensorFile(scratch))
+    edit(stack, prior, prompt, config, on_step, progress, resume, layout=Layout(correspondence=find))
 
     @torch.no_grad()
     def decoded() -> Iterator[Tensor]:
@@ -86,21 +82,30 @@ def edit_video(
     return replace(clip, frames=Streamed(sizes, masked))
 
 
+def _keyed(frames: Sequence[Tensor], keys: Sequence[int], progress: str | None) -> Iterator[Tensor]:
+    """Read some frames for their optical flow."""
+    chosen, silent = {*keys}, progress is None or ranks.rank() > 0
+    bar = tqdm(frames, "optical flow", disable=silent, leave=False, unit="frame")
+    yield from (frame for index, frame in enumerate(bar) if index in chosen)
+
+
 def followed(
-    frames: Iterable[Float[Tensor, "3 H W"]],
+    frames: Iterable[Float[Tensor, "3 _ _"]],
+    sizes: Sequence[Size],
     prior: Prior,
-    size: Size,
     config: EditConfig,
     file: TensorFile | None = None,
 ) -> FindCorrespondence | None:
-    """Estimate the optical flow of a video's frames, if an edit wants any and it can be had here.
+    """Estimate the optical flow of a video's frames, if an edit wants any and it can be had: frames are of one size.
 
     Args:
-        frames: of one size, read once; they are padded to `size`.
+        frames: read once, and not at all if no flow is estimated.
+        sizes: of all frames of the video.
         file: where the flow is kept.
     """
-    if not (config.mixing == "consensus" and config.correspondence and flow_is_available()):
+    if len({*sizes}) > 1 or not (config.matches_places and flow_is_available()):
         return None
+    size = common_size(sizes, prior.cell)
     padded = (pad(frame[None], *size)[0] for frame in frames)
     return FrameFlows(padded, prior.cell, prior.device, ranks.shared_map, file).correspondence
 

@@ -17,8 +17,8 @@ from csd_2d.latents import TensorFile
 
 Pair = tuple[int, int]
 """Numbers of two frames."""
-PairOfFrames = tuple[Pair, Tensor, Tensor]
-"""Numbers of two frames, and the frames, (3, H, W) each."""
+PairOfFrames = tuple[Tensor, Tensor]
+"""Two frames, (3, H, W) each."""
 SMALLEST = 128
 """Shortest side, in pixels, that flow is estimated at: what RAFT needs, and patches of 8 px (DIS) can move in."""
 
@@ -218,19 +218,14 @@ class FrameFlows:
             for offset in self.OFFSETS:
                 if offset <= b:
                     self._rows[b - offset, b] = len(self._rows)
-                    yield (b - offset, b), recent[-offset], frame
+                    yield recent[-offset], frame
             recent.append(frame)
 
-    def flow(self, pair: Pair, a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> Float[Tensor, "2 H W"]:
-        """Estimate the flow from one frame to another, in pixels."""
-        return optical_flow(a.to(self._device), b.to(self._device))
-
-    def _both_ways(self, frames: PairOfFrames) -> Float[Tensor, "2 3 h w"]:
-        (i, j), a, b = frames
-        forward, backward = self.flow((i, j), a, b), self.flow((j, i), b, a)
+    def _both_ways(self, pair: PairOfFrames) -> Float[Tensor, "2 3 h w"]:
+        images = torch.stack(pair).to(self._device)
+        forward, backward = optical_flow(*images), optical_flow(*images.flip(0))
         flows = torch.stack([forward, backward])
         seen = torch.stack([visible(forward, backward), visible(backward, forward)])
-        images = torch.stack([a, b]).to(flows)
         seen = seen * likeness(images, warp(images.flip(0), flows))
         pooled = F.avg_pool2d(torch.cat([flows, seen], 1), self._cell).cpu()
         return torch.cat([pooled[:, :2] / self._cell, pooled[:, 2:]], 1)
@@ -248,20 +243,27 @@ class FrameFlows:
 
     def correspondence(self, indices: Sequence[int]) -> Correspondence:
         """Match some of the frames by the flow between them."""
+        rows = {index: row for row, index in enumerate(indices)}
 
         def averaged(values: Tensor) -> Tensor:
-            means = torch.stack([self._mean(values, indices, receiver) for receiver in range(len(indices))])
+            means = torch.stack([self._mean(values, rows, index) for index in indices])
             self._file.release()
             return means
 
         return averaged
 
-    def _mean(self, values: Float[Tensor, "n c h w"], indices: Sequence[int], receiver: int) -> Float[Tensor, "c h w"]:
-        """Average the values that all frames have in one frame's places."""
-        total, weight = values[receiver].clone(), torch.ones_like(values[receiver, :1])
-        for sender, index in enumerate(indices):
-            if (known := self.between(indices[receiver], index)) is not None:
+    def _mean(self, values: Float[Tensor, "n c h w"], rows: dict[int, int], receiver: int) -> Float[Tensor, "c h w"]:
+        """Average the values that all frames have in one frame's places.
+
+        Args:
+            rows: of the frames in `values`.
+            receiver: number of the frame.
+        """
+        total = values[rows[receiver]].clone()
+        weight = torch.ones_like(total[:1])
+        for sender in (receiver + sign * offset for offset in self.OFFSETS for sign in (-1, 1)):
+            if sender in rows and (known := self.between(receiver, sender)) is not None:
                 flow, seen = (part.to(values) for part in known)
-                total += seen * warp(values[sender], flow)
+                total += seen * warp(values[rows[sender]], flow)
                 weight += seen
         return total / weight

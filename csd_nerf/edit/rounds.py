@@ -134,7 +134,7 @@ class DatasetUpdate:
             config,
             start=start,
             masks=masks,
-            correspondence=self._correspondence(drawn, start) if config.correspondence else None,
+            correspondence=self._correspondence(drawn, start) if config.matches_places else None,
             progress=label,
             resume=state,
         )

@@ -1,7 +1,8 @@
-"""Joint edits whose answers are known, beside independent edits and diffusers' own sampler.
+r"""Joint edits whose answers are known, beside independent edits and diffusers' own sampler.
 
     python -m tests.bench.known_answers --output known_answers.json
-    python -m tests.bench.known_answers --seeds 2 --tasks "make the ball blue" --variants off default --output ball.json
+    python -m tests.bench.known_answers --seeds 2 --tasks "scenes: make the ball blue" --variants off default \
+        --output ball.json
 
 Images edited together:
 
@@ -24,7 +25,6 @@ Reported, as means over seeds, with the standard deviation of PSNR:
 """
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
 from itertools import permutations
@@ -49,6 +49,7 @@ from csd_2d.prior import Prior
 from csd_2d.tiny.instructions import INSTRUCTIONS
 from csd_2d.tiny.scenes import held_out
 from csd_2d.tiny.train import edit_with_diffusers
+from tests.bench.results import CountingPrior, Results
 
 SIZE = 64
 """Side of the images: the tiny model's window."""
@@ -85,20 +86,6 @@ VARIANTS: dict[str, EditConfig | None] = {
     "default, half the steps": dataclasses.replace(DEFAULT, steps=DEFAULT.steps // 2),
     "default, 4x the steps": dataclasses.replace(DEFAULT, steps=4 * DEFAULT.steps),
 }
-
-
-class CountedPrior:
-    """A prior that counts the rows of noise estimates it is asked for."""
-
-    def __init__(self, prior: Prior) -> None:
-        self._prior, self.rows = prior, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._prior, name)
-
-    def noise_estimate(self, x_t: Tensor, *arguments: Any) -> Tensor:
-        self.rows += len(x_t)
-        return self._prior.noise_estimate(x_t, *arguments)
 
 
 @dataclasses.dataclass
@@ -240,23 +227,18 @@ def main(
     folder = tiny.MODEL if model == "tiny" else model
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder, local_files_only=True)
     settings = {"seeds": seeds, "count": count, "steps": steps, "model": model}
-    rows: list[dict[str, Any]] = []
-    if output.is_file():
-        before = json.loads(output.read_text(encoding="utf-8"))
-        rows = before["rows"] if before["settings"] == settings else []
+    results = Results(output, settings)
     for task in tasks:
         print(f"\n{task}\n{_HEAD}")
         exact = task.startswith("textures")
         for variant in variants:
             if exact and variant == "sampler":
                 continue  # diffusers has no pipeline of exact scores
-            row = next((row for row in rows if (row["task"], row["variant"]) == (task, variant)), None)
-            if row is None:
+            key = {"task": task, "variant": variant}
+            if not results.holds(**key):
                 edit = _editor(variant, steps, priors["textures" if exact else ""], pipeline)
-                row = {"task": task, "variant": variant, **_summary([_one(edit, task, k, count) for k in range(seeds)])}
-                rows.append(row)
-                output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1), encoding="utf-8")
-            print(_line(row), flush=True)
+                results.add({**key, **_summary([_one(edit, task, seed, count) for seed in range(seeds)])})
+            print(_line(results.find(**key)), flush=True)
 
 
 Editor = Callable[[Task, int], tuple[Tensor, float]]
@@ -280,7 +262,7 @@ def _editor(variant: str, steps: int | None, prior: Prior, pipeline: StableDiffu
     config = config if steps is None else dataclasses.replace(config, steps=steps)
 
     def edit(task: Task, seed: int) -> tuple[Tensor, float]:
-        counted: Any = CountedPrior(prior)
+        counted: Any = CountingPrior(prior)
         seeded = dataclasses.replace(config, seed=seed)
         edited = edit_images(list(task.images), counted, task.prompt, seeded, correspondence=task.find(prior.cell))
         return torch.stack(edited), counted.rows / len(task.images)

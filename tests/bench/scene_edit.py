@@ -26,7 +26,6 @@ yet, and what --output holds already is not measured again.
 """
 
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -43,16 +42,15 @@ from torch import Tensor
 
 from csd_2d import EditConfig, load_preset
 from csd_2d.closed_form import known_answers, normalized
-from csd_2d.io.files import replacing
 from csd_2d.io.images import read_image, write_image
 from csd_2d.metrics.fidelity import agreement, psnr
-from csd_2d.prior import Prior
 from csd_2d.priors.loading import load_prior
 from csd_nerf.demo import NovelViews, edit_config, load_scene, scene_config, train
 from csd_nerf.edit.distill import BATCH
 from csd_nerf.edit.selection import Selection
 from csd_nerf.methods import csd_edit_tiny
 from csd_nerf.procedural_scene import write_scene
+from tests.bench.results import CountingPrior, Results
 
 PROMPTS = ("paint it blue", "paint it a new color")
 MEASURES = ("psnr", "color_psnr", "gray_psnr", "agreement", "agreement_training")
@@ -106,20 +104,6 @@ def methods(views: int, nerf_steps: int, edit: EditConfig, selection: bool) -> d
         "default": Method(edit),
         "distill": Method(dataclasses.replace(edit, steps=budget // BATCH, batch=BATCH), mode="distill"),
     }
-
-
-class CountingPrior:
-    """Counts the rows a prior estimates the noise of; everything else is the prior's own."""
-
-    def __init__(self, prior: Prior) -> None:
-        self._prior, self.rows = prior, 0
-
-    def noise_estimate(self, x_t: Tensor, *args: Any) -> Tensor:
-        self.rows += len(x_t)
-        return self._prior.noise_estimate(x_t, *args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._prior, name)
 
 
 def edit_scene(
@@ -205,33 +189,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells += [f"{mean(row[name] for row in of_method):.0f}" for name in ("unet_rows", "seconds")]
         lines.append(f"{prompt:22}{method:28}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
-
-
-class Results:
-    """Rows in a JSON file, written after every one.
-
-    Raises:
-        ValueError: if the file holds rows of other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._path, self._content = path, {"settings": settings, "rows": []}
-        if path.exists():
-            self._content = json.loads(path.read_text())
-            if self._content["settings"] != json.loads(json.dumps(settings)):
-                raise ValueError(f"{path} holds results of other settings; name another file.")
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self._content["rows"]
-
-    def holds(self, **key: Any) -> bool:
-        return any(key.items() <= row.items() for row in self.rows)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        with replacing(self._path) as temporary:
-            temporary.write_text(json.dumps(self._content, indent=1))
 
 
 def main(

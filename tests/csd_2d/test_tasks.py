@@ -64,14 +64,13 @@ def test_strides_that_leave_gaps_are_named(stride):
 
 
 def test_a_panorama_gets_one_color_by_consensus_and_patches_without():
-    image = smooth(32, 160)
-    colors = {"consensus": [], "none": []}
-    for mixing, seed in itertools.product(colors, range(3)):
-        config = EditConfig(steps=80, mixing=mixing, seed=seed)
-        edited = edit_panorama(image, SmallWindow(), AMBIGUOUS, config)
-        colors[mixing].append(len({*answers_by_tile(edited, image).tolist()}))
-    # Windows of 16 px show little of an answer under strong noise: one run of three may keep a second color.
-    assert sorted(colors["consensus"])[:2] == [1, 1] and max(colors["consensus"]) <= 2 and min(colors["none"]) > 1
+    # Under strong noise a window of 16 px shows too little of an answer to agree on; the tiny model's has 32 cells.
+    image, prior = smooth(32, 160), SmallWindow()
+    prior.window = 32
+    for mixing, seed in itertools.product(("consensus", "none"), range(3)):
+        edited = edit_panorama(image, prior, AMBIGUOUS, EditConfig(steps=80, mixing=mixing, seed=seed))
+        colors = len({*answers_by_tile(edited, image).tolist()})
+        assert colors == 1 if mixing == "consensus" else colors > 1
 
 
 def test_frames_of_mixed_sizes_keep_them():

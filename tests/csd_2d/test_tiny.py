@@ -229,10 +229,10 @@ def test_samples_begin_with_noise_alone_and_reach_all_seasons(pipeline):
     assert pipeline.scheduler.alphas_cumprod[-1] == 0
     images = train.held_out(1, 64).images.expand(24, -1, -1, -1)
     prompt = "change the season"
-    edited = train.edit_with_diffusers(pipeline, images, [prompt] * 24, GUIDANCE_SCALE, num_inference_steps=8)
+    edited = train.edit_with_diffusers(pipeline, images, [prompt] * 24, GUIDANCE_SCALE, num_inference_steps=15)
     errors = torch.stack([(edited - answer).square().flatten(1).mean(1) for answer in known_answers(prompt, images)])
     counts = errors.argmin(0).bincount(minlength=4)
-    assert (counts > 0).sum() >= 3 and counts.max() <= 14
+    assert counts.min() >= 1 and counts.max() <= 14
 
 
 def test_words_it_never_read_do_not_crash_it(pipeline):

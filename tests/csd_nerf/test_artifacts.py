@@ -86,7 +86,7 @@ def test_edits_add_up(edit_run, scene_run, tmp_path, source):
         index = int(path.stem[:4])
         shown = first.original(index) if source else first.render(index)
         (sepia,) = AnalyticPrior().answers("make it sepia", shown[None])
-        assert (read_image(path) - sepia[0]).abs().mean() < 0.04
+        assert (read_image(path) - sepia[0]).abs().mean() < 0.02
     kept = sorted((again / "source").iterdir()) if not source else []
     assert bool(kept) == (not source)
     for index, path in enumerate(kept):
