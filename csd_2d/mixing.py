@@ -109,12 +109,20 @@ class PlaceConsensus:
     """
 
     find: FindCorrespondence
+    led: bool = False
+    """In place of the mean, each place takes the aim of the most typical particle that shows it, of which the whole aim
+    is most like the means of all. While an instruction leaves several answers open, the mean of two is none of them."""
 
     def __call__(
         self, scores: Float[Tensor, "n c h w"], noised: NoisedParticles
     ) -> tuple[Float[Tensor, "n c h w"], None]:
         change = change_so_far(noised)
-        return self.find(noised.indices)(scores + change) - change, None
+        aims, match = scores + change, self.find(noised.indices)
+        shared = match(aims)
+        if self.led:
+            typical = torch.cosine_similarity(aims.flatten(1), shared.flatten(1))
+            shared = match(aims, typical.argsort(descending=True, stable=True).argsort())
+        return shared - change, None
 
 
 @dataclass(frozen=True)

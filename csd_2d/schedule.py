@@ -1,6 +1,7 @@
 """Schedule an edit: the batch, the timesteps and the mixing of each step."""
 
 from collections import deque
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -129,4 +130,4 @@ def _rules(config: EditConfig, layout: Layout) -> tuple[Mixing, Mixing]:
     if layout.correspondence is None or not config.matches_places:
         return colors, own_scores
     places = PlaceConsensus(layout.correspondence)
-    return chained(colors, places), places
+    return chained(colors, replace(places, led=True)), places

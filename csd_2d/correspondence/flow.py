@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from csd_2d.correspondence import Correspondence
+from csd_2d.correspondence import Correspondence, precedence
 from csd_2d.latents import TensorFile
 
 Pair = tuple[int, int]
@@ -178,6 +178,10 @@ def likeness(a: Float[Tensor, "*n 3 H W"], b: Float[Tensor, "*n 3 H W"]) -> Floa
     return (-(a - b).square().mean(-3, keepdim=True) / (2 * ALIKE**2)).exp()
 
 
+APART = 0.25
+"""Standard deviation, in cells, of the flow of a cell's pixels at which they no longer count as moving together."""
+
+
 class FrameFlows:
     """Correspondence of a video's frames by the optical flow between those that are `OFFSETS` apart.
 
@@ -227,8 +231,28 @@ class FrameFlows:
         flows = torch.stack([forward, backward])
         seen = torch.stack([visible(forward, backward), visible(backward, forward)])
         seen = seen * likeness(images, warp(images.flip(0), flows))
-        pooled = F.avg_pool2d(torch.cat([flows, seen], 1), self._cell).cpu()
-        return torch.cat([pooled[:, :2] / self._cell, pooled[:, 2:]], 1)
+        return torch.cat(self._of_cells(images, flows, seen), 1).cpu()
+
+    def _of_cells(
+        self, images: Float[Tensor, "2 3 H W"], flows: Float[Tensor, "2 2 H W"], seen: Float[Tensor, "2 1 H W"]
+    ) -> tuple[Float[Tensor, "2 2 h w"], Float[Tensor, "2 1 h w"]]:
+        """Take the flow of each cell from what is visible of it, in cells.
+
+        A cell whose pixels move apart, or that looks different where it is said to arrive, follows nothing: it holds
+        the rim of something that moves, and would carry values from there to what lies behind.
+        """
+        flows = flows / self._cell
+
+        def pooled(values: Tensor) -> Tensor:
+            return F.avg_pool2d(values, self._cell)
+
+        share = pooled(seen)
+        flow = pooled(seen * flows) / share.clamp(min=1e-6)
+        spread = pooled(seen * flows.square()).sum(1, keepdim=True) / share.clamp(min=1e-6)
+        apart = (spread - flow.square().sum(1, keepdim=True)).clamp(min=0)
+        cells = pooled(images)
+        alike = likeness(cells, warp(cells.flip(0), flow))
+        return flow, share * alike * (-apart / (2 * APART**2)).exp()
 
     def between(self, a: int, b: int) -> tuple[Float[Tensor, "2 h w"], Float[Tensor, "1 h w"]] | None:
         """Look up the flow from frame a to frame b in latent cells, and the share of each cell of a visible in b.
@@ -245,14 +269,17 @@ class FrameFlows:
         """Match some of the frames by the flow between them."""
         rows = {index: row for row, index in enumerate(indices)}
 
-        def averaged(values: Tensor) -> Tensor:
-            means = torch.stack([self._mean(values, rows, index) for index in indices])
+        def averaged(values: Float[Tensor, "n c h w"], ranks: Int[Tensor, " n"] | None = None) -> Tensor:
+            ranks = torch.zeros(len(rows), dtype=torch.long) if ranks is None else ranks
+            means = torch.stack([self._mean(values, ranks, rows, index) for index in indices])
             self._file.release()
             return means
 
         return averaged
 
-    def _mean(self, values: Float[Tensor, "n c h w"], rows: dict[int, int], receiver: int) -> Float[Tensor, "c h w"]:
+    def _mean(
+        self, values: Float[Tensor, "n c h w"], ranks: Int[Tensor, " n"], rows: dict[int, int], receiver: int
+    ) -> Float[Tensor, "c h w"]:
         """Average the values that all frames have in one frame's places.
 
         Args:
@@ -264,6 +291,7 @@ class FrameFlows:
         for sender in (receiver + sign * offset for offset in self.OFFSETS for sign in (-1, 1)):
             if sender in rows and (known := self.between(receiver, sender)) is not None:
                 flow, seen = (part.to(values) for part in known)
+                seen = seen * precedence(ranks[rows[sender]], ranks[rows[receiver]]).to(values)
                 total += seen * warp(values[rows[sender]], flow)
                 weight += seen
         return total / weight

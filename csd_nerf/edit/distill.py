@@ -42,6 +42,7 @@ class SceneParticles:
         parameters: Iterable[nn.Parameter],
     ) -> None:
         self._views, self._prior, self._parameters = views, prior, list(parameters)
+        self._picture = source
         sources = [source(index) for index in range(len(views))]
         self._size = common_size([image.shape[-2:] for image in sources], prior.cell)
         with torch.no_grad():
@@ -65,7 +66,7 @@ class SceneParticles:
 
     def correspondence(self, indices: Sequence[int]) -> Correspondence:
         """Match some views by the surfaces that the present scene shows in them."""
-        matched = view_correspondence(self._views, indices, self._size, self._prior.cell)
+        matched = view_correspondence(self._views, self._picture, indices, self._size, self._prior.cell)
         return matched(range(len(indices)))
 
     def parameters(self) -> Iterable[nn.Parameter]:

@@ -155,7 +155,7 @@ class DatasetUpdate:
     def _correspondence(self, drawn: list[int], start: list[Tensor]) -> FindCorrespondence:
         assert self._prior is not None
         size = common_size([image.shape[-2:] for image in start], self._prior.cell)
-        return view_correspondence(self._views, drawn, size, self._prior.cell)
+        return view_correspondence(self._views, self._source, drawn, size, self._prior.cell)
 
     def _check(self, folder: Path, drawn: list[int]) -> None:
         try:

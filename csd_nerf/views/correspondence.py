@@ -1,9 +1,9 @@
 """Correspondence of a scene's views, by the depth that the scene renders."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
 from torch import Tensor
 
 from csd_2d.cells import pad
@@ -12,17 +12,20 @@ from csd_nerf.views.base import TrainingViews
 
 
 def view_correspondence(
-    views: TrainingViews, indices: Sequence[int], size: tuple[int, int], cell: int
+    views: TrainingViews,
+    source: Callable[[int], Tensor],
+    indices: Sequence[int],
+    size: tuple[int, int],
+    cell: int,
 ) -> SurfaceCorrespondence:
     """Match some views by the surfaces that the present scene shows in them.
 
     Args:
+        source: the unedited image of a view, (3, H, W).
         size: height and width in pixels that views are padded to.
         cell: pixels per latent cell along one side.
     """
-    return SurfaceCorrespondence(torch.stack([_cell_points(views.surface(index), size, cell) for index in indices]))
-
-
-def _cell_points(surface: Float[Tensor, "3 H W"], size: tuple[int, int], cell: int) -> Float[Tensor, "3 h w"]:
-    """Take the point in the middle of each latent cell."""
-    return pad(surface[None], *size)[0, :, cell // 2 :: cell, cell // 2 :: cell]
+    middle = slice(cell // 2, None, cell)
+    points = [pad(views.surface(index)[None], *size)[..., middle, middle] for index in indices]
+    colors = [F.avg_pool2d(pad(source(index)[None], *size), cell).cpu() for index in indices]
+    return SurfaceCorrespondence(torch.cat(points), torch.cat(colors), views.positions()[list(indices)])

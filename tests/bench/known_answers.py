@@ -106,7 +106,8 @@ class Task:
             return None
         if self.is_video:
             return FrameFlows(self.images, cell).correspondence
-        return SurfaceCorrespondence(F.avg_pool2d(self.points, cell))
+        above = torch.tensor([0.0, 0.0, 1e4]).expand(len(self.images), 3)
+        return SurfaceCorrespondence(F.avg_pool2d(self.points, cell), F.avg_pool2d(self.images, cell), above)
 
 
 def load_task(name: str, seed: int, count: int) -> Task:

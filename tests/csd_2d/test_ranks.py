@@ -53,7 +53,7 @@ def test_several_processes_give_the_result_of_one(several, tiny_pipeline_folder,
     assert len(several[name]) == len(alone)
     for ours, expected in zip(several[name], alone, strict=True):
         # Sums in another order: a few units in the last place of fp32.
-        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 def test_each_process_makes_its_share_of_the_noise_estimates(several):
