@@ -13,7 +13,7 @@ FAR = 1e9
 """Distance from the camera from which on a cell shows nothing: renderers give rays that hit nothing a huge depth."""
 ALIKE = 0.1
 """Difference in color, in [0, 1], at which two cells no longer count as the same place: depth may be wrong."""
-NEAR = 0.1
+NEAR = 0.03
 """Share of the cells that measures what lies near: more than that may show a far background."""
 
 

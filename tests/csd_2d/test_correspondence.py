@@ -82,6 +82,47 @@ def test_frames_are_read_once_and_few_are_in_memory_and_pairs_may_be_shared_out(
         assert all(torch.equal(*parts) for parts in zip(shared.between(*pair), alone.between(*pair), strict=True))
 
 
+def test_what_a_moving_object_leaves_behind_keeps_its_own_values():
+    """A disk moves over still ground: the ground that it covered, and covers later, does not take its values."""
+    size, cell = 96, 2
+    generator = torch.Generator().manual_seed(0)
+    ground, skin = (
+        torch.nn.functional.interpolate(
+            torch.rand(1, 3, 16, 16, generator=generator), (size, size), mode="bicubic", align_corners=False
+        )[0]
+        for _ in range(2)
+    )
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    disks = [((y - 48) ** 2 + (x - 24 - 6 * k) ** 2 < 14**2).float() for k in range(6)]
+    reds = torch.tensor([0.5, -0.2, -0.2])[:, None, None]
+    frames = [
+        torch.where(disk > 0, 0.3 * skin.roll(6 * k, -1) + reds, 0.3 * ground + 0.4).clamp(0, 1)
+        for k, disk in enumerate(disks)
+    ]
+    flows = FrameFlows(frames, cell)
+    share = torch.nn.functional.avg_pool2d(torch.stack(disks)[:, None], cell)
+    mean = flows.correspondence(range(6))(share)
+    assert mean[share == 0].max() < 0.2 and mean[share == 0].mean() < 0.002
+    assert mean[share == 1].mean() > 0.97
+    matched = flows.correspondence(range(6))(torch.arange(6.0)[:, None, None, None].expand_as(share))
+    moved = (matched - torch.arange(6.0)[:, None, None, None]).abs() > 0.1
+    assert moved[share == 1].float().mean() > 0.5  # the disk itself is followed
+
+
+def test_ranks_decide_who_is_followed():
+    frames = moving_frames(3, 2)
+    values = torch.tensor([0.0, 1.0, 5.0])[:, None, None, None].expand(3, 1, 48, 48)
+    ranks = torch.tensor([1, 2, 0])
+    followed = FrameFlows(frames, 1).correspondence([0, 1, 2])(values, ranks)
+    for row in range(3):
+        torch.testing.assert_close(followed[row, :, 8:-8, 10:-10].median(), torch.tensor(5.0), atol=0.4, rtol=0)
+    views = seen_from_above(plane(0), plane(5.3), plane(10))
+    values = values[..., :32, :32]
+    followed = views([0, 1, 2])(values, ranks)
+    torch.testing.assert_close(followed[:2, :, 4:-4, 18:25], torch.full((2, 1, 24, 7), 5.0), atol=0.4, rtol=0)
+    torch.testing.assert_close(followed[0, :, :, :3], values[0, :, :, :3])  # seen by the first view alone
+
+
 def test_a_single_frame_has_nothing_to_follow():
     value = torch.randn(1, 2, 48, 48)
     assert torch.equal(FrameFlows(moving_frames(1, 2), 1).correspondence([0])(value), value)
@@ -130,7 +171,7 @@ def noised(source: torch.Tensor, change: torch.Tensor) -> NoisedParticles:
 def test_aims_are_averaged_where_places_are_known_and_nothing_else_changes():
     source, change, scores = torch.randn(3, 3, 2, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
 
-    def top_row_of_the_first_two(values):
+    def top_row_of_the_first_two(values, ranks=None):
         mean = values.clone()
         mean[:2, :, 0] = values[:2, :, 0].mean(0)
         return mean
@@ -155,8 +196,15 @@ def plane(shift: float, depth: float = 0.0, size: int = 32) -> torch.Tensor:
     return torch.stack([x + shift, y, torch.full_like(x, depth)])
 
 
+def seen_from_above(*points: torch.Tensor, colors: torch.Tensor | None = None, height: float = 100.0):
+    """Match views by their points, all seen from one place."""
+    stacked = torch.stack(points)
+    colors = torch.full_like(stacked, 0.5) if colors is None else colors
+    return SurfaceCorrespondence(stacked, colors, torch.tensor([16.0, 16.0, height]).expand(len(stacked), 3))
+
+
 def test_views_of_one_surface_share_what_is_coarse_and_keep_what_is_fine():
-    views = SurfaceCorrespondence(torch.stack([plane(0), plane(5.3), plane(10)]))
+    views = seen_from_above(plane(0), plane(5.3), plane(10))
     level = torch.tensor([0.0, 1.0, 5.0])[:, None, None, None]
     fine = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     fine = fine - torch.nn.functional.avg_pool2d(fine, 9, 1, 4)
@@ -171,7 +219,7 @@ def test_views_of_one_surface_share_what_is_coarse_and_keep_what_is_fine():
 
 
 def test_only_the_views_of_a_step_are_mixed_in_any_order():
-    views = SurfaceCorrespondence(torch.stack([plane(0), plane(5.3), plane(10)]))
+    views = seen_from_above(plane(0), plane(5.3), plane(10))
     values = torch.tensor([5.0, 0.0])[:, None, None, None].expand(2, 2, 32, 32)
     mean = views([2, 0])(values)
     torch.testing.assert_close(mean[0, :, 4:-4, 8:15], torch.full((2, 24, 7), 2.5), atol=0.02, rtol=0)
@@ -181,7 +229,7 @@ def test_only_the_views_of_a_step_are_mixed_in_any_order():
 @pytest.mark.parametrize("depth", [12.0, -1e10])
 def test_what_another_surface_hides_is_not_mixed(depth):
     """The second view looks along the same lines, but another surface is before, or nothing."""
-    views = SurfaceCorrespondence(torch.stack([plane(0), plane(0, depth), plane(0)]))
+    views = seen_from_above(plane(0), plane(0, depth), plane(0))
     values = torch.tensor([0.0, 9.0, 1.0])[:, None, None, None].expand(3, 1, 32, 32)
     mean = views([0, 1, 2])(values)
     torch.testing.assert_close(mean[1], values[1])
@@ -191,13 +239,58 @@ def test_what_another_surface_hides_is_not_mixed(depth):
 def test_a_far_background_corresponds_by_direction():
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
     near = torch.stack([plane(0), plane(3)])
-    sky = [1e9 * torch.stack([(x + turn).sin(), y, (x + turn).cos()]) for turn in (0.0, 0.5)]
-    views = SurfaceCorrespondence(torch.cat([near, torch.stack(sky)]))
+    sky = [1e6 * torch.stack([(x + turn).sin(), y, (x + turn).cos()]) for turn in (0.0, 0.5)]
+    views = seen_from_above(*near, *sky)
     values = torch.tensor([0.0, 0.0, 2.0, 4.0])[:, None, None, None].expand(4, 1, 32, 32)
     mean = views([0, 1, 2, 3])(values)
     torch.testing.assert_close(mean[:2], values[:2])
     # Its cells lie further apart than a cube, so that not all of them find others.
     assert (mean[2, 0, 12:-12, 18:25] - 2).min() > 0.2 and (mean[2, 0, :, :2] - 2).abs().max() < 0.01
+
+
+def one_object_before_much_sky(far: float) -> torch.Tensor:
+    """Two views that see the two halves of one row of 8 cells, among 1,024 of which the others are far."""
+    views = torch.full((2, 3, 32, 32), far)
+    views[:, :2] += far * torch.rand(2, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    for view, first in enumerate((0.0, 5.0)):
+        views[view, :, 0:5, 0:8] = plane(first)[:, 0:5, 0:8]
+    return views
+
+
+@pytest.mark.parametrize("far", [1e4, 1e10, math.nan, math.inf])
+def test_cubes_measure_what_is_near_even_where_most_is_far(far):
+    views = one_object_before_much_sky(far)
+    values = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 1, 32, 32)
+    mean = seen_from_above(*views)([0, 1])(values)
+    assert mean[0, 0, :5, :2].abs().max() < 0.05  # three cells or more from what the other sees
+    assert mean[0, 0, 1:4, 6:8].min() > 0.2
+    if far > 1e9 or math.isnan(far):
+        assert torch.equal(mean[0, 0, 5:], values[0, 0, 5:])  # nothing is shown there
+
+
+def test_nothing_in_sight_is_left_alone():
+    values = torch.randn(2, 1, 32, 32)
+    nothing = torch.full((2, 3, 32, 32), 1e10)
+    assert torch.equal(seen_from_above(*nothing)([0, 1])(values), values)
+
+
+def test_both_sides_of_a_thin_wall_stay_apart():
+    above_and_below = torch.tensor([[16.0, 16.0, 100.0], [16.0, 16.0, -100.0]])
+    values = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 1, 32, 32)
+    gray = torch.full((2, 3, 32, 32), 0.5)
+    mean = SurfaceCorrespondence(torch.stack([plane(0), plane(0)]), gray, above_and_below)([0, 1])(values)
+    assert (mean - values).abs().max() < 0.05
+    assert (mean - values).abs().mean() < 0.02
+
+
+def test_places_of_unlike_colors_are_not_the_same():
+    """Depth that is wrong puts the sky on the wall."""
+    colors = torch.tensor([0.2, 0.2, 0.9])[:, None, None, None].expand(3, 3, 32, 32)
+    values = torch.tensor([0.0, 1.0, 9.0])[:, None, None, None].expand(3, 1, 32, 32)
+    ranks = torch.tensor([0, 1, 2])
+    mean = seen_from_above(plane(0), plane(0), plane(0), colors=colors)([0, 1, 2])(values, ranks)
+    torch.testing.assert_close(mean[2], values[2], atol=0.01, rtol=0)
+    assert mean[1].max() < 0.4  # follows the first
 
 
 def test_metrics_of_a_moving_picture():

@@ -20,6 +20,9 @@ class ExactViews:
     def __init__(self, cameras: torch.Tensor) -> None:
         self.cameras = cameras
 
+    def positions(self) -> torch.Tensor:
+        return self.cameras[:, :3, 3]
+
     def surface(self, index: int) -> torch.Tensor:
         width, height = SIZE
         lens = scene.intrinsics(SIZE)
@@ -42,10 +45,11 @@ def test_what_corresponds_has_one_color(cameras):
     """Lambertian surfaces look alike from everywhere: means over corresponding places hardly change a picture."""
     images = torch.stack([scene.render_view(camera, SIZE) for camera in cameras])
     views = ExactViews(cameras)
-    find = view_correspondence(views, range(len(cameras)), SIZE[::-1], 1)  # type: ignore[arg-type]
+    find = view_correspondence(views, images.__getitem__, range(len(cameras)), SIZE[::-1], 1)  # type: ignore[arg-type]
     moved = find(range(len(cameras)))(images) - images
     shuffled = [3, 0, 4, 1, 5, 2]
-    wrong = view_correspondence(views, shuffled, SIZE[::-1], 1)  # type: ignore[arg-type]
+    gray = torch.full_like(images, 0.5).__getitem__  # colors would tell that these places are wrong
+    wrong = view_correspondence(views, gray, shuffled, SIZE[::-1], 1)  # type: ignore[arg-type]
     foreign = wrong(range(len(cameras)))(images) - images
     assert moved.square().mean() < 0.1 * foreign.square().mean()
     # A brightness of one view's own spreads over all that see the same, and only over these.
@@ -58,7 +62,8 @@ def test_what_corresponds_has_one_color(cameras):
 
 def test_cells_take_the_point_in_their_middle_and_views_of_other_sizes_are_padded(cameras):
     views = ExactViews(cameras)
-    find = view_correspondence(views, [0, 1], (80, 104), 8)  # type: ignore[arg-type]
+    gray = torch.full((3, 72, 96), 0.5)
+    find = view_correspondence(views, lambda _: gray, [0, 1], (80, 104), 8)  # type: ignore[arg-type]
     values = torch.randn(2, 4, 10, 13)
     assert find([0, 1])(values).shape == values.shape
 
