@@ -153,7 +153,7 @@ class CsdPanoramaPipeline(CsdPipeline):
         crops = panorama.crops
         self._run(crops, crops.layout, crops.canvas, prompt, config, callback_on_step_end, progress, resume)
         if output_type == "latent":
-            return PanoramaOutput([crops.edited().detach()[0]])
+            return PanoramaOutput([crops.canvas.detach()[0]])
         return PanoramaOutput([_output(panorama.decode(), output_type)])
 
 

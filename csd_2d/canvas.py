@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from csd_2d.particles import Layout, standard_normal
@@ -38,7 +38,6 @@ class CanvasCrops:
         window: side of a square crop, in cells.
         stride: largest distance between crops of a grid, in cells, at most `window`. Default: three quarters of it.
         start: latents to start from. Default: a copy of `source`.
-        mask: cells that may change; the others keep the source's latents. Default: all.
         regions: where each of several prompts applies; adds up to 1 in every cell. Default: there is one prompt.
         blend_regions: False: as published, a prompt's share of a crop is the part of the crop its region covers
             (arXiv 2307.04787, appendix B.1). True: each cell has its own shares.
@@ -60,7 +59,6 @@ class CanvasCrops:
         stride: int | None = None,
         *,
         start: Float[Tensor, "1 c h w"] | None = None,
-        mask: Bool[Tensor, "1 1 h w"] | None = None,
         regions: Float[Tensor, "1 prompts h w"] | None = None,
         blend_regions: bool = False,
         wrap: bool = False,
@@ -71,7 +69,7 @@ class CanvasCrops:
             raise ValueError(f"stride must be from 1 to the window of {window} cells, got {stride}.")
         self.window = window
         self._source = source.detach().float()
-        self._mask, self._regions, self._blend_regions = mask, regions, blend_regions
+        self._regions, self._blend_regions = regions, blend_regions
         self._wrap, self._fade = wrap, fade
         self.canvas = nn.Parameter((self._source if start is None else start.detach().float()).clone())
         self.corners: list[tuple[int, int]] = []
@@ -125,13 +123,9 @@ class CanvasCrops:
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         if self._fade:
             weights = torch.stack([down[:, None] * across for down, across in (self._ramps[i] for i in indices)])
-            return _ScaleGradient.apply(self._crops(self.edited(), indices), weights[:, None])  # type: ignore[return-value]
+            return _ScaleGradient.apply(self._crops(self.canvas, indices), weights[:, None])  # type: ignore[return-value]
         scale = 1 / self._coverage(indices).clamp(min=1)
-        return self._crops(_ScaleGradient.apply(self.edited(), scale), indices)  # type: ignore[arg-type]
-
-    def edited(self) -> Float[Tensor, "1 c h w"]:
-        """Assemble the edited canvas: the source wherever the mask keeps it."""
-        return self.canvas if self._mask is None else torch.where(self._mask, self.canvas, self._source)
+        return self._crops(_ScaleGradient.apply(self.canvas, scale), indices)  # type: ignore[arg-type]
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._crops(self._source, indices)

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -26,8 +25,3 @@ def common_size(sizes: Sequence[Sequence[int]], cell: int) -> tuple[int, int]:
     """Find the height and width, in pixels, of whole latent cells that all of some sizes fit in."""
     height, width = (round_up(max(sides), cell) for sides in zip(*sizes, strict=True))
     return height, width
-
-
-def cell_mask(masks: Float[Tensor, "n 1 H W"], cell: int) -> Bool[Tensor, "n 1 h w"]:
-    """Mark latent cells of which some pixel may change. They change fully: soft borders are blended in pixels."""
-    return F.max_pool2d(masks, cell) > 0

@@ -93,5 +93,5 @@ def generate(
     edit(crops, prior, prompts, config, on_step, progress, resume, layout=crops.layout)
     margin = window // 2 if wrap else 0
     with torch.no_grad():
-        picture = crop_circular(prior.decode(pad_circular(crops.edited(), margin)), margin * cell)
+        picture = crop_circular(prior.decode(pad_circular(crops.canvas, margin)), margin * cell)
     return picture[0, :, :height, :width].cpu()

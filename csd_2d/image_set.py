@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d import ranks
-from csd_2d.cells import cell_mask, common_size, pad
+from csd_2d.cells import common_size, pad
 from csd_2d.config import EditConfig
 from csd_2d.csd import Step
 from csd_2d.edit import edit
@@ -28,7 +28,9 @@ class ImageStack:
     Args:
         images: the sources, RGB in [0, 1].
         start: images to start from, of the same sizes (a scene's present renders); default: the sources.
-        masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. Default: all.
+        masks: what of each image may change, in [0, 1]; where 0 the source stays bit for bit. The whole image is
+            edited, and the result is put in: a model that sees what stays as it was would hold back beside it. Default:
+            all.
         correspondence: finds which places of some images show the same thing, see `Layout`; default: not known. Of
             frames of a video, `csd_2d.correspondence.flow.FrameFlows` does.
 
@@ -53,7 +55,6 @@ class ImageStack:
         self.particles = LatentStack(
             self._encoded(prior.encode, images),
             start=None if start is None else self._encoded(prior.encode, start),
-            mask=None if masks is None else self._encoded(lambda mask: cell_mask(mask, prior.cell), masks),
         )
         self.layout = Layout(correspondence=correspondence)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -17,7 +17,6 @@ class LatentStack:
         source: latents of the unedited images.
         start: latents to start from, which the edit changes in place if they are fp32; not those of `source`. Default:
             a copy of `source`.
-        mask: cells that may change; the others keep the source's latents. Default: all.
         device: where the particles of a step go. Default: where `source` lies.
     """
 
@@ -26,12 +25,10 @@ class LatentStack:
         source: Float[Tensor, "n c h w"],
         *,
         start: Float[Tensor, "n c h w"] | None = None,
-        mask: Bool[Tensor, "n 1 h w"] | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         self._device = source.device if device is None else device
         self._source = source.detach().float()
-        self._mask = mask
         # Master latents stay fp32 whatever the model computes in: fp16 loses updates below 1e-3.
         self.latents = self._source.clone() if start is None else start.detach().float()
         # One parameter for each particle, so that a step has gradients of those alone that it drew.
@@ -44,10 +41,7 @@ class LatentStack:
         return stack[list(indices)].to(self._device)
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
-        latents = torch.stack([self._parameters[index] for index in indices]).to(self._device)
-        if self._mask is None:
-            return latents
-        return torch.where(self._select(self._mask, indices), latents, self.source(indices))
+        return torch.stack([self._parameters[index] for index in indices]).to(self._device)
 
     def source(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._select(self._source, indices)
@@ -88,16 +82,13 @@ class MappedStack(LatentStack):
     """A `LatentStack` in files. Only the particles of a step are in memory, and on the device.
 
     Args:
-        source, start, mask: see `LatentStack`; `start` is edited in place.
+        source, start: see `LatentStack`; `start` is edited in place.
         device: where the particles of a step go.
     """
 
-    def __init__(
-        self, source: TensorFile, start: TensorFile, mask: TensorFile | None, device: str | torch.device
-    ) -> None:
-        self._files = [file for file in (source, start, mask) if file is not None]
-        allowed = None if mask is None else mask.map()
-        super().__init__(source.map(), start=start.map(), mask=allowed, device=device)
+    def __init__(self, source: TensorFile, start: TensorFile, device: str | torch.device) -> None:
+        self._files = (source, start)
+        super().__init__(source.map(), start=start.map(), device=device)
 
     def render(self, indices: Sequence[int]) -> Float[Tensor, "n c h w"]:
         return self._released(super().render(indices))

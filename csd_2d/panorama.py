@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.canvas import CanvasCrops
-from csd_2d.cells import cell_mask, pad, round_up
+from csd_2d.cells import pad, round_up
 from csd_2d.config import EditConfig
 from csd_2d.csd import Step
 from csd_2d.edit import edit
@@ -125,7 +125,6 @@ class PanoramaCanvas:
                 source,
                 prior.window,
                 stride,
-                mask=None if mask is None else cell_mask(self._padded(mask), prior.cell),
                 regions=F.avg_pool2d(self._padded(shares), prior.cell) if prompts > 1 else None,
                 blend_regions=blend_regions,
                 wrap=wrap,
@@ -139,7 +138,7 @@ class PanoramaCanvas:
     def decode(self) -> Float[Tensor, "3 H W"]:
         """Decode the edited image, on the CPU, RGB in [0, 1]."""
         height, width = self._image.shape[-2:]
-        decoded = self._prior.decode(pad_circular(self.crops.edited(), self._margin))
+        decoded = self._prior.decode(pad_circular(self.crops.canvas, self._margin))
         edited = crop_circular(decoded, self._margin * self._prior.cell)[0, :, :height, :width].cpu()
         return edited if self._mask is None else torch.lerp(self._image, edited, self._mask)
 

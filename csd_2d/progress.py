@@ -53,7 +53,7 @@ class ProgressFile:
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             if state["fingerprint"] != self._fingerprint:
                 raise ValueError(
-                    f"{self.path} is of an edit with another prompt, other settings, masks or images; give what was "
+                    f"{self.path} is of an edit with another prompt, other settings or images; give what was "
                     "given then, or delete it to begin anew."
                 )
             self._edit.load_state_dict(state["edit"])
@@ -79,10 +79,10 @@ FINGERPRINTED = 16
 def fingerprint(particles: Particles, layout: Layout) -> str:
     """Hash what tells one set of particles from another before any edit.
 
-    That is their sources, where prompts apply, and, by the gradient of what is rendered, which parameters may change
-    and how much.
+    That is their sources, where prompts apply, whether corresponding places are known, and, by the gradient of what is
+    rendered, which parameters may change and how much.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(layout.correspondence is not None).encode())
     parameters = list(particles.parameters())
     for indices in layout.rounds or [list(range(len(particles)))]:
         for start in range(0, len(indices), FINGERPRINTED):

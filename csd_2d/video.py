@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from csd_2d import ranks
-from csd_2d.cells import cell_mask, common_size, pad
+from csd_2d.cells import common_size, pad
 from csd_2d.config import EditConfig
 from csd_2d.correspondence.flow import FrameFlows, check_flow, flow_is_available
 from csd_2d.csd import Step
@@ -57,13 +57,13 @@ def edit_video(
     sizes = clip.sizes
     if not sizes:
         raise ValueError("there are no frames to edit.")
-    if masks is not None and len(masks) != len(sizes):
-        raise ValueError(f"there must be one mask for each frame, got {len(masks)} for {len(sizes)} frames.")
     keys = list(range(len(sizes))) if keyframes == 1 else _checked_keys(sizes, keyframes)
     size = common_size(sizes, prior.cell)
     config = config or EditConfig()
-    stack = _encoded(clip.frames, masks, keys, prior, size, progress, scratch)
-    find = followed(_keyed(clip.frames, keys, progress), sizes, prior, config, TensorFile(scratch))
+    if masks is not None:
+        _check_masks(masks, sizes)
+    stack = _encoded(clip.frames, keys, prior, size, progress, scratch)
+    find = followed(_keyed(clip.frames, keys, "optical flow", progress), sizes, prior, config, TensorFile(scratch))
     edit(stack, prior, prompt, config, on_step, progress, resume, layout=Layout(correspondence=find))
 
     @torch.no_grad()
@@ -82,10 +82,10 @@ def edit_video(
     return replace(clip, frames=Streamed(sizes, masked))
 
 
-def _keyed(frames: Sequence[Tensor], keys: Sequence[int], progress: str | None) -> Iterator[Tensor]:
-    """Read some frames for their optical flow."""
+def _keyed(frames: Sequence[Tensor], keys: Sequence[int], label: str, progress: str | None) -> Iterator[Tensor]:
+    """Read some frames, with a progress bar."""
     chosen, silent = {*keys}, progress is None or ranks.rank() > 0
-    bar = tqdm(frames, "optical flow", disable=silent, leave=False, unit="frame")
+    bar = tqdm(frames, label, disable=silent, leave=False, unit="frame")
     yield from (frame for index, frame in enumerate(bar) if index in chosen)
 
 
@@ -122,7 +122,6 @@ def _checked_keys(sizes: Sequence[Size], every: int) -> list[int]:
 @torch.no_grad()
 def _encoded(
     frames: Sequence[Tensor],
-    masks: Sequence[Tensor] | None,
     keys: Sequence[int],
     prior: Prior,
     size: Size,
@@ -130,29 +129,21 @@ def _encoded(
     scratch: Path | None,
 ) -> MappedStack:
     """Encode some frames, padded to one size; one frame at a time is in memory."""
-    source, start, allowed = (TensorFile(scratch) for _ in range(3))
-    keyed = set(keys)
-    changeable = masks is None
-    each_mask = [None] * len(frames) if masks is None else masks
-
-    def padded() -> Iterator[Tensor]:
-        nonlocal changeable
-        silent = progress is None or ranks.rank() > 0
-        bar = tqdm(frames, "reading", disable=silent, leave=False, unit="frame")
-        for index, (frame, mask) in enumerate(zip(bar, each_mask, strict=True)):
-            if index not in keyed:
-                continue
-            if mask is not None:
-                if mask.shape[1:] != frame.shape[1:]:
-                    raise ValueError("there must be one mask for each frame, of its size.")
-                cells = cell_mask(pad(mask[None], *size), prior.cell)[0]
-                allowed.append(cells)
-                changeable = changeable or bool(cells.any())
-            yield pad(frame[None], *size).to(prior.device)
-
-    for latents in ranks.shared_map(prior.encode, padded()):
+    source, start = TensorFile(scratch), TensorFile(scratch)
+    padded = (pad(frame[None], *size).to(prior.device) for frame in _keyed(frames, keys, "reading", progress))
+    for latents in ranks.shared_map(prior.encode, padded):
         for file in (source, start):
             file.append(latents[0].float())
+    return MappedStack(source, start, prior.device)
+
+
+def _check_masks(masks: Sequence[Float[Tensor, "1 _ _"]], sizes: Sequence[Size]) -> None:
+    if len(masks) != len(sizes):
+        raise ValueError(f"there must be one mask for each frame, got {len(masks)} for {len(sizes)} frames.")
+    changeable = False
+    for mask, size in zip(masks, sizes, strict=True):
+        if tuple(mask.shape[1:]) != tuple(size):
+            raise ValueError("there must be one mask for each frame, of its size.")
+        changeable = changeable or bool(mask.any())
     if not changeable:
         raise ValueError("the masks are black all over, which leaves nothing to edit; white is what may change.")
-    return MappedStack(source, start, None if masks is None else allowed, prior.device)

@@ -128,7 +128,7 @@ def test_pictures_of_few_colors_determine_no_map_and_do_no_harm(picture):
 
 @pytest.mark.parametrize("open_share", [0.1, 0.5])
 def test_masks_of_others_do_not_burn_out_an_open_image(open_share):
-    """Cells that may not change keep asking for the whole change; an average of scores would add it up."""
+    """Were latents outside the masks held back, they would keep asking for the whole change."""
     image, prior = held_out(1, 64, seed=3).images[0], load_prior("tiny")
     masks = [torch.ones(1, 64, 64)] + [torch.zeros(1, 64, 64) for _ in range(5)]
     for mask in masks[1:]:
@@ -137,3 +137,13 @@ def test_masks_of_others_do_not_burn_out_an_open_image(open_share):
     alone = edit_images([image], prior, "make it autumn", EditConfig(mixing="none"))[0]
     assert (together - alone).mean((1, 2)).abs().max() < 0.01
     assert (together - alone).square().mean().sqrt() < 0.02
+
+
+@pytest.mark.parametrize("open_share", [0.1, 0.5])
+def test_what_a_mask_lets_through_is_the_edit_of_the_whole_picture(open_share):
+    """A model that saw the unedited rest would hold back beside it."""
+    image, prior = held_out(1, 64, seed=3).images[0], load_prior("tiny")
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, : round(64 * open_share)] = 1
+    whole, part = (edit_images([image], prior, "make it autumn", masks=masks)[0] for masks in (None, [mask]))
+    assert torch.equal(part, torch.where(mask > 0, whole, image))

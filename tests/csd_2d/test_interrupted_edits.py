@@ -18,9 +18,8 @@ from csd_2d.progress import ProgressFile
 from tests.csd_2d.test_canvas import smooth
 
 
-def stack(count: int = 9, mask: torch.Tensor | None = None) -> LatentStack:
-    latents = 2 * torch.stack([smooth(6, 6, seed) for seed in range(count)]) - 1
-    return LatentStack(latents, mask=mask)
+def stack(count: int = 9) -> LatentStack:
+    return LatentStack(2 * torch.stack([smooth(6, 6, seed) for seed in range(count)]) - 1)
 
 
 def canvas(stride: int = 6, **options) -> CanvasCrops:
@@ -60,7 +59,6 @@ def test_a_resumed_edit_ends_in_the_same_bits(tmp_path, saved_at_every_step, sto
         assert torch.equal(resumed.latents, whole.latents)
 
 
-HALF = torch.arange(6)[None, None, None].expand(9, 1, 6, 6) < 3
 LEFT = torch.linspace(1, 0, 40).expand(1, 1, 8, 40)
 REGIONS = torch.cat([LEFT, 1 - LEFT], 1)
 
@@ -68,8 +66,6 @@ REGIONS = torch.cat([LEFT, 1 - LEFT], 1)
 @pytest.mark.parametrize(
     ("begun", "resumed"),
     [
-        (stack, lambda: stack(mask=HALF)),
-        (lambda: stack(mask=HALF), lambda: stack(mask=~HALF)),
         (stack, lambda: stack(8)),
         (canvas, lambda: canvas(fade=False)),
         (canvas, lambda: canvas(stride=7)),
@@ -88,7 +84,7 @@ def test_states_of_other_particles_are_refused(
 
     with pytest.raises(KeyboardInterrupt):
         run(begun(), on_step=interrupt)
-    with pytest.raises(ValueError, match="another prompt, other settings, masks or images"):
+    with pytest.raises(ValueError, match="another prompt, other settings or images"):
         run(resumed())
     run(begun())
 
@@ -104,7 +100,7 @@ def test_states_of_other_edits_and_broken_ones_are_refused(tmp_path, saved_at_ev
         (AnalyticPrior(), "make it night", EditConfig(steps=5, lr=0.5)),
         (other_prior, "make it night", EditConfig(steps=5)),
     ]:
-        with pytest.raises(ValueError, match="another prompt, other settings, masks or images"):
+        with pytest.raises(ValueError, match="another prompt, other settings or images"):
             edit(stack(), prior, prompt, config, resume=file)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read as the state of an edit; delete it"):

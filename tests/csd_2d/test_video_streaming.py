@@ -27,7 +27,7 @@ def in_files(latents: torch.Tensor) -> MappedStack:
     for latent in latents:
         for file in files:
             file.append(latent)
-    return MappedStack(*files, None, "cpu")
+    return MappedStack(*files, "cpu")
 
 
 class Watched(Streamed):
