@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from itertools import count
@@ -394,7 +394,9 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Dem
     preset = peek.parse_known_args(arguments)[0].preset
     todo = tyro.MISSING
     options = Options(todo, edit=load_preset(preset))
-    generating = RunOptions(todo, edit=load_preset(preset, GENERATE))
+    # Steps and noise levels of presets are for pictures that exist already.
+    from_noise = {name: getattr(GENERATE, name) for name in ("steps", "min_timestep", "max_timestep")}
+    generating = RunOptions(todo, edit=replace(load_preset(preset, GENERATE), **from_noise))
     command = tyro.cli(
         Annotated[Panorama, tyro.conf.subcommand("panorama", default=Panorama(todo, todo, options))]
         | Annotated[Video, tyro.conf.subcommand("video", default=Video(todo, todo, options))]

@@ -23,7 +23,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "image_guidance_scale": (0, 1000),
     "min_timestep": (0, 1),
     "consensus_timestep": (0, 1),
-    "max_timestep": (0, 1),
+    "max_timestep": (0, 0.999),  # at 1 nothing of the image is left that a score could be of
     "bandwidth_scale": (1e-12, 1e12),
     "seed": (0, 2**40),
 }

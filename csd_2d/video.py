@@ -18,6 +18,7 @@ from csd_2d.edit import edit
 from csd_2d.io.video import Clip, Size, Streamed
 from csd_2d.keyframes import key_indices, propagate
 from csd_2d.latents import MappedStack, TensorFile
+from csd_2d.loss import check_prompt
 from csd_2d.mixing import FindCorrespondence
 from csd_2d.particles import Layout
 from csd_2d.prior import Prior
@@ -55,6 +56,7 @@ def edit_video(
         ImportError: if optical flow is needed and cannot be estimated.
     """
     sizes = clip.sizes
+    prior.encode_text(check_prompt(prompt))  # refuses what the model cannot follow, before minutes are spent
     if not sizes:
         raise ValueError("there are no frames to edit.")
     keys = list(range(len(sizes))) if keyframes == 1 else _checked_keys(sizes, keyframes)

@@ -30,6 +30,7 @@ from csd_2d.io.files import replacing
 from csd_2d.io.images import to_tensor, write_image
 from csd_2d.io.video import Clip, write_clip
 from csd_2d.metrics.fidelity import psnr
+from csd_2d.presets import load_preset
 from csd_nerf.artifacts import film, render, side_by_side
 from csd_nerf.methods import csd_edit_tiny, csd_scene_tiny
 from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntable, write_scene
@@ -99,7 +100,7 @@ def run_demo(
         "psnr": novel.psnr(),
         "seconds": watch.seconds,
         "seconds_total": round(sum(watch.seconds.values()), 1),
-        "settings": _settings(edit_run),
+        "settings": _settings(edit_run, preset),
         "versions": {name: version(name) for name in ("csd-edit", "nerfstudio", "torch")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
@@ -135,8 +136,11 @@ def edit_config(
     config = copy.deepcopy(csd_edit_tiny.config)
     config.load_run = scene_run  # type: ignore[attr-defined]
     pipeline: Any = config.pipeline
-    pipeline.prompt, pipeline.preset = prompt, preset
-    pipeline.edit = dataclasses.replace(pipeline.edit, guidance_scale=guidance_scale)
+    pipeline.prompt = prompt
+    # A preset's settings of rounds and training are for real scenes: hours for this one.
+    pipeline.edit = load_preset(preset)
+    if guidance_scale is not None:
+        pipeline.edit = dataclasses.replace(pipeline.edit, guidance_scale=guidance_scale)
     config.max_num_iterations = config.pipeline.steps_per_round = EDIT_STEPS  # type: ignore[attr-defined]
     config.pipeline.film_frames = 0  # type: ignore[attr-defined]  # the demo renders its own turntable
     return _demo_run(config, folder, seed)
@@ -229,10 +233,10 @@ def _turntable(before: Model, after: Model) -> Clip:
     return side_by_side([film(model, cameras) for model in (before, after)], enlarged=4)
 
 
-def _settings(edit_run: Path) -> dict[str, object]:
+def _settings(edit_run: Path, preset: str) -> dict[str, object]:
     settings = json.loads((edit_run.parent / "edit.json").read_text(encoding="utf-8"))["settings"]
-    edit = {name: settings[name] for name in ("preset", "views_per_round", "edit")}
-    return {"scene_steps": SCENE_STEPS, "edit_steps": EDIT_STEPS, **edit}
+    edit = {name: settings[name] for name in ("views_per_round", "edit")}
+    return {"scene_steps": SCENE_STEPS, "edit_steps": EDIT_STEPS, "preset": preset, **edit}
 
 
 def _announce(report: dict) -> None:

@@ -220,6 +220,13 @@ class CsdEditPipeline(VanillaPipeline):
             folder=run.folder,
             load_masks=masks,
         )
+        rounds = -(-run.steps // config.steps_per_round)
+        if 0 < config.views_per_round * rounds < len(views):
+            CONSOLE.print(
+                f"[yellow]{rounds} round{'s' * (rounds > 1)} of {config.views_per_round} views will not reach all "
+                f"{len(views)}, and the scene will be a mixture of edited and unedited views; raise "
+                "--max-num-iterations, or leave --pipeline.views-per-round at 0."
+            )
         for number in range(-(-run.start // config.steps_per_round)):
             self._update.run_round(number, finished=True)
         # Not within the training step: that runs under autocast.

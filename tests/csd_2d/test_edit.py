@@ -290,6 +290,7 @@ def test_divergence_names_the_step(stack):
         ("batch", 0),
         ("guidance_scale", -1.0),
         ("max_timestep", 1.2),
+        ("max_timestep", 1.0),
         ("steps", 1.5),
         ("steps", None),
         ("seed", -1),

@@ -149,7 +149,7 @@ def test_the_command(folder, tmp_path, capsys):
 def test_the_command_has_defaults_of_its_own(capsys):
     for arguments, defaults in (
         ([], ["(default: 500)", "(default: svgd)", "(default: noise)"]),
-        (["--preset", "paper"], ["(default: noisy)", "(default: 200)", "(default: 0.5)"]),
+        (["--preset", "paper"], ["(default: noisy)", "(default: 500)", "(default: 0.98)"]),
     ):
         with pytest.raises(SystemExit):
             main(["generate", *arguments, "--help"])

@@ -9,7 +9,7 @@ import yaml
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.utils.eval_utils import eval_setup
 
-from csd_2d import EditConfig
+from csd_2d import EditConfig, load_preset
 from csd_2d.io.images import read_image
 from csd_2d.io.video import read_clip
 from csd_2d.metrics.fidelity import change
@@ -184,6 +184,7 @@ OWN_PRESET = "{steps: 60, scene: {views_per_round: 16, steps_per_round: 2000, ma
     ("preset", "expected"),
     [
         ("own.yaml", {"views_per_round": 16, "steps_per_round": 2000, "edit": EditConfig(steps=60)}),
+        ("paper", {"views_per_round": 16, "steps_per_round": 2000, "edit": load_preset("paper")}),
         ("low-memory", {"micro_batch": 1, "offload": True, "views_per_round": 0, "edit": EditConfig()}),
     ],
 )
@@ -195,7 +196,7 @@ def test_presets_of_scenes(preset, expected, scene_run, tmp_path, monkeypatch):
     config.pipeline = CsdEditPipelineConfig(**{**vars(config.pipeline), "preset": preset, "prior": "analytic"})
     config.settle()
     assert {name: getattr(config.pipeline, name) for name in expected} == expected
-    steps = 30000 if preset == "own.yaml" else 3000
+    steps = 3000 if preset == "low-memory" else 30000
     assert config.max_num_iterations == steps
     assert all(optimizer["scheduler"].max_steps == steps for optimizer in config.optimizers.values())
     assert csd_edit.config.optimizers["fields"]["scheduler"].max_steps == 3000
