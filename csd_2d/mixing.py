@@ -110,8 +110,11 @@ class PlaceConsensus:
 
     find: FindCorrespondence
     led: bool = False
-    """In place of the mean, each place takes the aim of the most typical particle that shows it, of which the whole aim
-    is most like the means of all. While an instruction leaves several answers open, the mean of two is none of them."""
+    """While particles disagree, each place takes the aim of the most typical particle that shows it, in place of the
+    mean: where an instruction leaves several answers open, the mean of two is none of them."""
+    alike: float = 0.95
+    """Cosine of a particle's aim and the means of all in its places, of the median particle, from which on particles
+    count as agreeing. The mean is then the better one: it is right about what a single particle has wrong."""
 
     def __call__(
         self, scores: Float[Tensor, "n c h w"], noised: NoisedParticles
@@ -119,8 +122,8 @@ class PlaceConsensus:
         change = change_so_far(noised)
         aims, match = scores + change, self.find(noised.indices)
         shared = match(aims)
-        if self.led:
-            typical = torch.cosine_similarity(aims.flatten(1), shared.flatten(1))
+        typical = torch.cosine_similarity(aims.flatten(1), shared.flatten(1))
+        if self.led and typical.median() < self.alike:
             shared = match(aims, typical.argsort(descending=True, stable=True).argsort())
         return shared - change, None
 
