@@ -16,6 +16,7 @@ from csd_2d.csd import Step
 from csd_2d.loss import EditLoss
 from csd_2d.particles import Layout
 from csd_2d.prior import Prior
+from csd_nerf.edit.steering import Settings
 from csd_nerf.views.base import TrainingViews, replayed
 from csd_nerf.views.correspondence import view_correspondence
 
@@ -116,6 +117,12 @@ class Distillation:
         particles = SceneParticles(self._views, self._source, prior, self._parameters)
         edit = self._edit if self._edit.batch else dataclasses.replace(self._edit, batch=min(BATCH, len(particles)))
         return EditLoss(particles, prior, self._prompt, edit, layout=Layout(correspondence=particles.correspondence))
+
+    def steer(self, settings: Settings) -> None:
+        """Take over prompt and guidance scales, from the next step on."""
+        if self._run.prompt != [settings.prompt]:
+            self._run.prompt = settings.prompt
+        self._run.steer(settings.edit)
 
     def next(self) -> tuple[Float[Tensor, ""], Step]:
         """Compute the next step's loss; see `EditLoss.next`."""
