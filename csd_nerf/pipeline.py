@@ -30,6 +30,7 @@ from csd_nerf.edit.rounds import DatasetUpdate
 from csd_nerf.edit.selection import Selection
 from csd_nerf.edit.steering import ACTIONS, AT_NEXT_ROUND, AT_NEXT_STEP, IN_DISTILL, Settings, Steering
 from csd_nerf.source_run import check_fits, read_checkpoint
+from csd_nerf.viewer import EditViewer
 from csd_nerf.views import training_views
 from csd_nerf.views.base import TrainingViews, initial_pictures
 
@@ -92,8 +93,8 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     feather: float = 4.0
     """Width in pixels of the soft border, inside masks, box or sphere."""
     replay: Path | None = None
-    """RUN/edit.json of an earlier run, whose changes while it ran, made in the viewer for example, are made again, at the
-    same steps. Without a scene (--load-run) scene and settings, too, are those of that run."""
+    """RUN/edit.json of an earlier run: what was changed while it ran, in the viewer, is changed again, at the same
+    steps. Without a scene (--load-run) scene and settings, too, are those of that run."""
 
     def __post_init__(self) -> None:
         local = [name for name in ("masks", "box", "sphere") if getattr(self, name) is not None]
@@ -175,7 +176,14 @@ class CsdEditPipeline(VanillaPipeline):
     def __init__(self, config: CsdEditPipelineConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._distillation: Distillation | None = None
-        self._update: DatasetUpdate | None = None
+        self.rounds: DatasetUpdate | None = None
+        """The rounds of dataset update."""
+        self.run: Run | None = None
+        """The run that edits the scene; None while it is only rendered."""
+        self.step = 0
+        """Step of the training."""
+        self.over = False
+        """The training has ended."""
         self.training_cost = Cost()
         """Cost of the training steps so far."""
         allowed = IN_DISTILL if config.mode == "distill" else AT_NEXT_STEP + AT_NEXT_ROUND + ACTIONS
@@ -190,6 +198,8 @@ class CsdEditPipeline(VanillaPipeline):
         self._due = False
         self._before_round: dict[str, Tensor] | None = None
         """The scene before it learned the last round."""
+        self.viewer_control = EditViewer(self)
+        """Found, and built, by nerfstudio's viewer."""
         self.model.camera_optimizer.requires_grad_(False)
         if (appearance := _appearance(self.model)) is not None:
             appearance.requires_grad_(False)
@@ -213,7 +223,7 @@ class CsdEditPipeline(VanillaPipeline):
         Raises:
             ValueError, OSError: if the run cannot be edited or resumed.
         """
-        config, self._run = self.config, run
+        config, self.run, self._run = self.config, run, run
         views = self._views = training_views(self)
         with run.lock, views.sharing(run.lock):
             source = self._source(views)
@@ -236,10 +246,12 @@ class CsdEditPipeline(VanillaPipeline):
         ]
         if config.mode == "distill":
             parameters = [p for group in self.get_param_groups().values() for p in group]
-            self._distillation = Distillation(views, source, self._prior, config.prompt, edit, parameters)
+            self._distillation = Distillation(
+                views, source, self._prior, config.prompt, edit, parameters, self.viewer_control.observer
+            )
             CONSOLE.print(cost_of_distilling(edit, len(views)))
         else:
-            self._update = DatasetUpdate(
+            self.rounds = DatasetUpdate(
                 views,
                 source,
                 self._prior,
@@ -247,6 +259,7 @@ class CsdEditPipeline(VanillaPipeline):
                 selection=config.view_selection,
                 folder=run.folder,
                 load_masks=masks,
+                observer=self.viewer_control.observer,
             )
         for step in range(run.start):
             self._before_step(step)
@@ -257,27 +270,28 @@ class CsdEditPipeline(VanillaPipeline):
 
         A resumed run goes through the steps before its start again, to have drawn and shown the same views.
         """
+        self.step = step
         changes = self.steering.take_over(step)
         self._carry_out(step)
         if self._distillation is not None and changes and step >= self._run.start:
             with self.advising_on_memory():
                 self._distillation.steer(self.steering.settings)
-        if self._update is None:
+        if self.rounds is None:
             return
         self._due |= step % self.config.steps_per_round == 0
-        if not self.paused and (self._due or self._update.interrupted):
+        if not self.paused and (self._due or self.rounds.interrupted):
             self._due = False
             self._run_round(step)
             self._carry_out(step)
 
     def _run_round(self, step: int) -> None:
-        update, config, run = self._update, self.config, self._run
+        update, run = self.rounds, self._run
         assert update is not None
         if step < run.start:
             done = update.run_round(step, finished=True)
         else:
             number = update.begun - (update.interrupted is not None)
-            to_come = -(-run.steps // config.steps_per_round) - step // config.steps_per_round - 1
+            to_come = self.rounds_to_come(step)
             name = f"round {number + 1} of {number + 1 + to_come}"
             # The edit of a round takes minutes, in which a viewer should be able to render.
             with self.advising_on_memory(), self._views.sharing(run.lock):
@@ -289,6 +303,11 @@ class CsdEditPipeline(VanillaPipeline):
                 self._before_round = {name: tensor.cpu().clone() for name, tensor in self.state_dict().items()}
         if done:
             self._allow_undo(True)
+
+    def rounds_to_come(self, step: int) -> int:
+        """Count the rounds that are due after a step."""
+        every = self.config.steps_per_round
+        return -(-self._run.steps // every) - step // every - 1
 
     def _allow_undo(self, possible: bool) -> None:
         if not getattr(self.model.config, "stop_split_at", 0):
@@ -311,7 +330,7 @@ class CsdEditPipeline(VanillaPipeline):
 
     def _undo(self, past: bool) -> None:
         """Give up the round that was begun, or go back to before the last one; see `_before_step` for the past."""
-        update = self._update
+        update = self.rounds
         if update is None or update.give_up():
             return
         update.undo()
@@ -321,9 +340,9 @@ class CsdEditPipeline(VanillaPipeline):
 
     def _reset(self, past: bool) -> None:
         """Go back to before the first round."""
-        if self._update is not None:
-            self._update.give_up()
-            self._update.reset()
+        if self.rounds is not None:
+            self.rounds.give_up()
+            self.rounds.reset()
             self._allow_undo(False)
         if not past:
             self._restore_scene(read_checkpoint(self._run.scene))
@@ -335,6 +354,8 @@ class CsdEditPipeline(VanillaPipeline):
             optimizer.state.clear()
 
     def _finish(self, artifacts: Artifacts, step: int) -> None:
+        self.over = True
+        self.model.compare(None)  # type: ignore[operator]
         self.steering.refuse_all("the run is over; edit its scene in a new one, with --load-run.")
         with self._run.lock:
             artifacts.write(
@@ -435,7 +456,7 @@ class CsdEditPipeline(VanillaPipeline):
             "changes": self.steering.report(),
             "settings": {name: value for name, value in dataclasses.asdict(config).items() if name in names},
             "costs": {
-                "rounds": [cost.rounded() for cost in (self._update.costs if self._update else [])],
+                "rounds": [cost.rounded() for cost in (self.rounds.costs if self.rounds else [])],
                 "training": self.training_cost.rounded(),
             },
         }

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from csd_2d.cells import common_size
 from csd_2d.config import EditConfig
-from csd_2d.csd import Step
 from csd_2d.edit import Edit
 from csd_2d.image_set import edit_images
 from csd_2d.io.files import replacing
 from csd_2d.io.images import read_image, write_image
 from csd_2d.metrics.fidelity import change
 from csd_2d.mixing import FindCorrespondence
+from csd_2d.observer import Observer
 from csd_2d.prior import Prior
 from csd_nerf.cost import Cost
 from csd_nerf.edit.selection import Selection, ViewRounds
@@ -65,7 +65,7 @@ class DatasetUpdate:
         selection: see `ViewRounds`.
         folder: RUN.
         load_masks: called at the first round; one mask a view, see `edit_images`. None: everything may change.
-        on_step: called after every step of an edit.
+        observer: looks at every step of an edit.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class DatasetUpdate:
         selection: Selection,
         folder: Path,
         load_masks: Callable[[], list[Tensor]] | None = None,
-        on_step: Callable[[Step], object] | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._views, self._source, self._load_prior = views, source, load_prior
         self._prior: Prior | None = None
-        self._steering, self._on_step = steering, on_step
+        self._steering, self._observer = steering, observer or Observer(lambda: False)
         self._rounds, self._edited = folder / "rounds", folder / "edited"
         settings = steering.settings
         self._drawn = ViewRounds(
@@ -219,6 +219,8 @@ class DatasetUpdate:
         drawn, config = current.views, current.config
         start = [self._views.render(index) for index in drawn]
         masks = None if self._masks is None else [self._masks[index] for index in drawn]
+        find = self._correspondence(drawn, start) if config.matches_places else None
+        self._observer.begin(label, [self._views.name(i) for i in drawn], config.steps, self._prior.decode, find)
         edited = edit_images(
             [self._source(index) for index in drawn],
             self._prior,
@@ -226,11 +228,11 @@ class DatasetUpdate:
             config,
             start=start,
             masks=masks,
-            correspondence=self._correspondence(drawn, start) if config.matches_places else None,
+            correspondence=find,
             progress=label,
             resume=self._unfinished(current.number),
             before_step=partial(self._steer, current, training_step),
-            on_step=self._on_step,
+            on_step=self._observer.on_step,
         )
         if current.number == 0 and (masks is None or any(bool(mask.any()) for mask in masks)):
             self._warn_of_no_change(change(start, edited, masks))

@@ -160,6 +160,10 @@ class Steering:
         for name in self.allowed:
             self.refuse(name, reason)
 
+    def check(self, name: str, value: Any) -> None:
+        """Raise ValueError if a change of a setting is not possible."""
+        self._checked(self.settings, name, value)
+
     def ask(self, name: str, value: Any = None) -> None:
         """Ask for a change, which takes effect at the next point. May be called by any thread.
 
