@@ -48,9 +48,10 @@ class Thumbnails:
 
     source: np.ndarray
     current: np.ndarray
-    estimate: np.ndarray
+    estimate: np.ndarray | None = None
     """What the particle's score points at, x_0 + (sigma / alpha) s."""
-    step: int
+    step: int = 0
+    """Step before which the particle looked like this, from 1; 0: before the edit."""
 
 
 @dataclass
@@ -87,19 +88,20 @@ def thumbnail(image: Float[Tensor, "3 h w"]) -> np.ndarray:
 class Observer:
     """Measures the steps of edits, one edit after the other.
 
-    Images are decoded one particle at a time, in turn, when the budget allows. With nobody watching nothing is done.
+    Steps are measured, and images decoded, one particle at a time, in turn, when their budgets allow. With nobody
+    watching nothing is done.
 
     Args:
         watched: tells whether anybody watches.
-        share: of the time, for all that is done here.
     """
 
-    def __init__(self, watched: Callable[[], bool], share: float = 0.025) -> None:
-        self._watched, self._budget = watched, Budget(share)
+    def __init__(self, watched: Callable[[], bool]) -> None:
+        self._watched, self._for_measures, self._for_images = watched, Budget(0.01), Budget(0.02)
         self._lock = threading.Lock()
         self._seen = Observation()
         self._decode: Callable[[Tensor], Tensor] | None = None
         self._find: FindCorrespondence | None = None
+        self._sizes: dict[int, tuple[int, ...]] = {}
         self._stepped = time.monotonic()
         self.version = 0
         """Grows with every observation."""
@@ -119,6 +121,7 @@ class Observer:
         steps: int,
         decode: Callable[[Tensor], Tensor],
         find: FindCorrespondence | None = None,
+        images: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         """Begin with an edit.
 
@@ -126,10 +129,14 @@ class Observer:
             names: of all its particles.
             decode: decodes latents.
             find: finds corresponding places, if any are known.
+            images: source of each particle, and what it is before the edit, where both are at hand.
         """
+        shown = images[:SHOWN] if self._watched() else ()
+        thumbnails = {i: Thumbnails(thumbnail(before), thumbnail(now)) for i, (before, now) in enumerate(shown)}
         with self._lock:
-            self._seen = Observation(label, dict(enumerate(names)), steps)
+            self._seen = Observation(label, dict(enumerate(names)), steps, thumbnails=thumbnails)
             self._decode, self._find, self.version = decode, find, self.version + 1
+            self._sizes = {index: source.shape[-2:] for index, (source, _) in enumerate(images)}
             self._stepped = time.monotonic()
 
     @torch.no_grad()
@@ -137,29 +144,43 @@ class Observer:
         """Look at a step; see `csd_2d.edit.edit`."""
         seconds, self._stepped = time.monotonic() - self._stepped, time.monotonic()
         self._seen.indices, self._seen.taken = step.indices, step.index + 1
-        if self._decode is None or not self._watched() or not self._budget.allows:
+        if self._decode is None or not self._watched():
             return
-        with self._budget.spending():
-            measured = {"step": step.index + 1, "seconds per step": seconds} | self._measured(step)
-            row = self._next_row(step.indices)
-            pictures = [
-                thumbnail(self._decode(latents[row : row + 1])[0].clamp(0, 1).cpu())
-                for latents in (step.noised.source, step.x_0, step.estimate)
-            ]
-            matrix = self._matrix(step)
-            with self._lock:
-                seen = self._seen
-                for name, value in measured.items():
-                    values = seen.curves.setdefault(name, [])
-                    values.append(value)
-                seen.thumbnails.pop(step.indices[row], None)
-                seen.thumbnails[step.indices[row]] = Thumbnails(pictures[0], pictures[1], pictures[2], step.index + 1)
-                while len(seen.thumbnails) > SHOWN:
-                    seen.thumbnails.pop(next(iter(seen.thumbnails)))
-                if matrix is not None:
-                    seen.matrix_title, seen.matrix, names = matrix
-                    seen.matrix_names = [seen.names.get(index, str(index)) for index in names]
-                self.version += 1
+        if self._for_measures.allows:
+            with self._for_measures.spending():
+                self._measure(step, {"step": step.index + 1, "seconds per step": seconds} | self._measured(step))
+        if self._for_images.allows:
+            with self._for_images.spending():
+                self._picture(step, self._decode)
+
+    def _measure(self, step: Step, measured: dict[str, float]) -> None:
+        matrix = self._matrix(step)
+        with self._lock:
+            seen = self._seen
+            for name, value in measured.items():
+                seen.curves.setdefault(name, []).append(value)
+            if matrix is not None:
+                seen.matrix_title, values, indices = matrix
+                order = np.argsort([seen.names.get(index, str(index)) for index in indices], kind="stable")
+                seen.matrix = values[order][:, order]
+                seen.matrix_names = [seen.names.get(indices[place], str(indices[place])) for place in order]
+            self.version += 1
+
+    def _picture(self, step: Step, decode: Callable[[Tensor], Tensor]) -> None:
+        row = self._next_row(step.indices)
+        index, before = step.indices[row], self._seen.thumbnails.get(step.indices[row])
+        wanted = [step.x_0, step.estimate] + ([] if before is not None else [step.noised.source])
+        height, width = self._sizes.get(index, (None, None))  # latents are padded
+        decoded = (decode(latents[row : row + 1])[0, :, :height, :width] for latents in wanted)
+        images = [thumbnail(image.clamp(0, 1).cpu()) for image in decoded]
+        source = images[2] if before is None else before.source
+        with self._lock:
+            seen = self._seen
+            seen.thumbnails.pop(index, None)
+            seen.thumbnails[index] = Thumbnails(source, images[0], images[1], step.index + 1)
+            while len(seen.thumbnails) > SHOWN:
+                seen.thumbnails.pop(next(iter(seen.thumbnails)))
+            self.version += 1
 
     def _next_row(self, indices: list[int]) -> int:
         """Choose the particle to decode: one that was not yet, while there is room, else the one seen longest ago."""

@@ -1,4 +1,7 @@
-"""What a page of viser shows of an edit: thumbnails, a heat map and curves. Needs viser and plotly."""
+"""What a page of viser shows of an edit: thumbnails, a heat map and curves, all of them drawn here.
+
+viser's plots need 5 MB of code in each browser, and get a wrong width where they are drawn in a tab that is not shown.
+"""
 
 import base64
 import io
@@ -17,11 +20,13 @@ _GRAY = (37, 38, 43)
 
 
 def as_markdown(image: Image.Image | np.ndarray, alt: str) -> str:
-    """Embed an image in markdown: viser 0.2.7 has no other element for one."""
+    """Embed an image in markdown, as wide as the panel: viser 0.2.7 has no other element for one."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f"![{alt}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"
+    image.save(buffer, "JPEG", quality=88)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    # Not ![](): viser makes that at most 240 pixels wide.
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{alt}" style={{{{width: "100%"}}}} />'
 
 
 Row = tuple[str, Sequence[np.ndarray | None]]
@@ -64,51 +69,77 @@ def amplified(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 def _row(name: str, seen: Thumbnails) -> Row:
     change = amplified(seen.source, seen.current)
-    return f"{name} (step {seen.step})", [seen.source, seen.current, seen.estimate, change]
+    return f"{name} (step {seen.step})" if seen.step else name, [seen.source, seen.current, seen.estimate, change]
 
 
-def _figure(**layout: Any) -> Any:
-    import plotly.graph_objects as go
-
-    return go.Figure(
-        layout={
-            "template": "plotly_dark",
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "margin": {"l": 40, "r": 8, "t": 34, "b": 30},
-            "title_font_size": 13,
-            "showlegend": False,
-            **layout,
-        }
-    )
+SHEET = 600
+"""Width of charts, in pixels; a panel shows them at about half of it."""
+_COLORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+_LINE = (255, 211, 105)
 
 
-def heat_map(title: str, matrix: np.ndarray, names: Sequence[str]) -> Any:
-    """Draw a matrix over pairs of particles; rows and columns have the particles' names."""
-    figure = _figure(title=title, yaxis={"autorange": "reversed", "tickfont": {"size": 9}})
-    figure.update_layout(margin={"l": 70, "b": 60}, xaxis={"tickfont": {"size": 9}})
-    figure.add_heatmap(
-        z=np.round(matrix, 3).tolist(),
-        x=list(names),
-        y=list(names),
-        colorscale="Viridis",
-        colorbar={"thickness": 8},
-        hovertemplate="%{y} from %{x}: %{z}<extra></extra>",
-    )
-    return figure
+def _canvas(height: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (SHEET, height), _GRAY)
+    draw = ImageDraw.Draw(image)
+    draw.text((4, 4), title, _TEXT, ImageFont.load_default(size=21))
+    return image, draw
 
 
-def curve(title: str, x: Sequence[float], y: Sequence[float]) -> Any:
-    """Draw a curve over the steps of an edit."""
-    figure = _figure(title=title, xaxis={"title": {"text": "step", "font": {"size": 10}}})
-    figure.add_scatter(x=list(x), y=[float(f"{value:.4g}") for value in y], mode="lines+markers", marker={"size": 4})
-    return figure
+def heat_map(title: str, matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """Draw a matrix over pairs of particles, from dark (smallest) to yellow (largest)."""
+    count, font = len(matrix), ImageFont.load_default(size=16)
+    numbers = [f"{number}" for number in range(1, count + 1)]
+    labels = [f"{name[:20]} {number}" for name, number in zip(names, numbers, strict=True)]
+    left = int(max(map(font.getlength, labels))) + 10
+    cell = (SHEET - left - 4) // count if count > 3 else (SHEET - left - 4) // 4
+    image, draw = _canvas(34 + count * cell + 52, title)
+    low, high = float(matrix.min()), float(matrix.max())
+    shares = (matrix - low) / max(high - low, 1e-12) * (len(_COLORS) - 1)
+    for row in range(count):
+        draw.text((left - 6, 34 + (row + 0.5) * cell), labels[row], _TEXT, font, anchor="rm")
+        draw.text((left + (row + 0.5) * cell, 38 + count * cell), numbers[row], _TEXT, font, anchor="ma")
+        for column in range(count):
+            color = [round(np.interp(shares[row, column], range(len(_COLORS)), band)) for band in _COLORS.T]
+            corner = left + column * cell, 34 + row * cell
+            draw.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), tuple(color))
+    draw.text((left, 60 + count * cell), f"dark {low:.2g}, yellow {high:.2g}", _TEXT, font)
+    return image
 
 
-def bars(title: str, names: Sequence[str], values: Sequence[float]) -> Any:
-    """Draw a bar for each of several values."""
-    figure = _figure(title=title)
-    figure.add_bar(x=list(names), y=[round(value, 2) for value in values])
-    return figure
+def curve(title: str, x: Sequence[float], y: Sequence[float]) -> Image.Image:
+    """Draw a curve over the steps of an edit, with its last value."""
+    image, draw = _canvas(180, f"{title}: {y[-1]:.3g}")
+    font, (left, right, top, bottom) = ImageFont.load_default(size=16), (70, SHEET - 12, 42, 152)
+    low, high = min(y), max(y)
+    first, last = min(x), max(max(x), min(x) + 1)
+    points = [
+        (
+            left + (right - left) * (step - first) / (last - first),
+            bottom - (bottom - top) * ((value - low) / (high - low) if high > low else 0.5),
+        )
+        for step, value in zip(x, y, strict=True)
+    ]
+    draw.line((left, top, left, bottom, right, bottom), (90, 92, 98))
+    for value, height in ((high, top), (low, bottom)):
+        draw.text((left - 6, height), f"{value:.3g}", _TEXT, font, anchor="rm")
+    for step, place in ((first, left), (last, right)):
+        draw.text((place, bottom + 6), f"step {step:.0f}", _TEXT, font, anchor="la" if place == left else "ra")
+    draw.line(points, _LINE, 3, joint="curve")
+    for across, down in points:
+        draw.ellipse((across - 4, down - 4, across + 4, down + 4), _LINE)
+    return image
+
+
+def bars(title: str, values: Mapping[str, float]) -> Image.Image:
+    """Draw a bar for each of several values, from left to right."""
+    font = ImageFont.load_default(size=16)
+    image, draw = _canvas(36 + 26 * len(values), title)
+    for row, (name, value) in enumerate(values.items()):
+        top, width = 36 + 26 * row, 320 * value / max(*values.values(), 1e-12)
+        draw.text((150, top), name, _TEXT, font, anchor="ra")
+        draw.rectangle((160, top, 160 + width, top + 18), _LINE)
+        draw.text((168 + width, top), f"{value:.3g}", _TEXT, font)
+    return image
 
 
 CURVES = ("size of the change", "agreement in same places", "warp error", "residual", "seconds per step")
@@ -130,9 +161,9 @@ class Panel:
 
     def add_charts(self) -> None:
         """Add the heat map and the curves here."""
-        self._matrix = self._gui.add_plotly(_figure(title="What images share: no step yet"), aspect=4.0)
-        self._curves = {name: self._gui.add_plotly(_figure(), aspect=2.2, visible=False) for name in CURVES}
-        self._seconds = self._gui.add_plotly(_figure(), aspect=2.2, visible=False)
+        self._matrix = self._gui.add_markdown("*Charts appear here with the next steps of an edit.*")
+        self._curves = self._gui.add_markdown("")
+        self._seconds = self._gui.add_markdown("")
 
     def show_images(self, sheet: Image.Image) -> None:
         """Show a picture in place of the images of particles."""
@@ -140,8 +171,7 @@ class Panel:
 
     def show_seconds(self, seconds: Mapping[str, float]) -> None:
         """Show how long the stages of a run took."""
-        self._seconds.figure = bars("seconds per stage", [*seconds], [*seconds.values()])
-        self._seconds.visible = True
+        self._seconds.content = as_markdown(bars("Seconds per stage", seconds), "seconds per stage")
 
     def show(self, seen: Observation) -> None:
         """Show an observation."""
@@ -149,12 +179,14 @@ class Panel:
             rows = [
                 _row(seen.names.get(index, str(index)), seen.thumbnails[index]) for index in sorted(seen.thumbnails)
             ]
-            sheet = grid(("source", "now", "aim (x_0)", f"change x{AMPLIFIED}"), rows)
-            self.show_images(sheet)
+            self.show_images(grid(("source", "now", "aim (x_0)", f"change x{AMPLIFIED}"), rows))
         if seen.matrix is not None:
-            self._matrix.figure = heat_map(seen.matrix_title, seen.matrix, seen.matrix_names)
-            self._matrix.aspect = 1.0
-        for name, element in self._curves.items():
-            if seen.curves.get(name):
-                element.figure = curve(name, seen.curves["step"][-len(seen.curves[name]) :], seen.curves[name])
-                element.visible = True
+            chart = heat_map(seen.matrix_title, seen.matrix, seen.matrix_names)
+            self._matrix.content = as_markdown(chart, "heat map")
+        curves = [
+            as_markdown(curve(name, seen.curves["step"][-len(seen.curves[name]) :], seen.curves[name]), name)
+            for name in CURVES
+            if seen.curves.get(name)
+        ]
+        if curves:
+            self._curves.content = "\n\n".join(curves)

@@ -280,7 +280,7 @@ class CsdEditPipeline(VanillaPipeline):
             return
         self._due |= step % self.config.steps_per_round == 0
         if not self.paused and (self._due or self.rounds.interrupted):
-            self._due = False
+            self._due = self._due and self.rounds.interrupted is not None  # another round follows it
             self._run_round(step)
             self._carry_out(step)
 

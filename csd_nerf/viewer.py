@@ -122,6 +122,7 @@ class EditViewer(ViewerControl):
             self._add_views()
         with tabs.add_tab("Charts"):
             self._panel.add_charts()
+        self.viser_server.on_client_connect(lambda client: self._look_from(client, 0))
         if live:
             port = self.viser_server.get_port()
             CONSOLE.print(

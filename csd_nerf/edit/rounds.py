@@ -220,9 +220,12 @@ class DatasetUpdate:
         start = [self._views.render(index) for index in drawn]
         masks = None if self._masks is None else [self._masks[index] for index in drawn]
         find = self._correspondence(drawn, start) if config.matches_places else None
-        self._observer.begin(label, [self._views.name(i) for i in drawn], config.steps, self._prior.decode, find)
+        sources = [self._source(index) for index in drawn]
+        names = [self._views.name(index) for index in drawn]
+        images = list(zip(sources, start, strict=True))
+        self._observer.begin(label, names, config.steps, self._prior.decode, find, images)
         edited = edit_images(
-            [self._source(index) for index in drawn],
+            sources,
             self._prior,
             current.settings.prompt,
             config,
