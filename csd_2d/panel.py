@@ -4,7 +4,9 @@ viser's plots need 5 MB of code in each browser, and get a wrong width where the
 """
 
 import base64
+import getpass
 import io
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +15,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from csd_2d.observer import Observation, Thumbnails
 
+EDITED, ORIGINAL, SPLIT = SCENES = ("edited", "original", "original | edited")
+"""What a page can show of the result."""
 AMPLIFIED = 3
 """Factor on a change, to be seen."""
 _TEXT = (222, 226, 230)
 _GRAY = (37, 38, 43)
+
+
+def ssh_line(port: int) -> str:
+    """Return the command that reaches a port of this machine from another one, as far as names are known here."""
+    return f"ssh -L {port}:localhost:{port} {getpass.getuser()}@{socket.gethostname()}"
 
 
 def as_markdown(image: Image.Image | np.ndarray, alt: str) -> str:
@@ -59,6 +68,15 @@ def grid(columns: Sequence[str], rows: Sequence[Row], width: int = 160) -> Image
                 sheet.paste(scaled, (column * (width + gap), top + line))
         top += line + height + gap
     return sheet
+
+
+def side_by_side(before: np.ndarray, after: np.ndarray, share: float) -> np.ndarray:
+    """Show one picture in a share of another from its left border, with a line between them."""
+    column = round(share * after.shape[1])
+    joined = np.concatenate([before[:, :column], after[:, column:]], 1)
+    if 0 < column < after.shape[1]:
+        joined[:, max(column - 1, 0) : column + 1] = 255
+    return joined
 
 
 def amplified(before: np.ndarray, after: np.ndarray) -> np.ndarray:

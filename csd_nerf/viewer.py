@@ -16,7 +16,7 @@ from nerfstudio.viewer.viewer_elements import ViewerControl
 
 from csd_2d.io.images import read_image
 from csd_2d.observer import WIDTH, Budget, Observer, thumbnail
-from csd_2d.panel import Panel, Row, amplified, as_markdown, grid
+from csd_2d.panel import EDITED, ORIGINAL, SCENES, SPLIT, Panel, Row, amplified, as_markdown, grid, ssh_line
 from csd_nerf.artifacts import render
 from csd_nerf.cost import duration, peak_memory_mb
 from csd_nerf.edit.selection import farthest_points
@@ -48,16 +48,7 @@ HINTS = {
     "views_per_round": "0 takes all of them. From the next round.",
 }
 MIXINGS = ("consensus", "svgd", "none")
-EDITED, ORIGINAL, SPLIT = "edited", "original", "original | edited"
 NO_VIEW = "choose one, or click a camera"
-
-
-def ssh_line(port: int) -> str:
-    """Return the command that reaches a port of this machine from another one, as far as names are known here."""
-    import getpass
-    import socket
-
-    return f"ssh -L {port}:localhost:{port} {getpass.getuser()}@{socket.gethostname()}"
 
 
 def parsed(name: str, text: str) -> Any:
@@ -215,7 +206,7 @@ class EditViewer(ViewerControl):
         gui = self.viser_server.gui
         self._compare = gui.add_dropdown(
             "Show",
-            (EDITED, ORIGINAL, SPLIT),
+            SCENES,
             hint="The scene from before the edit is loaded when it is first shown, and let go of with 'edited'.",
         )
         self._split = gui.add_slider("Split", 0.0, 1.0, 0.01, 0.5, visible=False)
@@ -233,8 +224,10 @@ class EditViewer(ViewerControl):
         """Do what a button asks for; an error is told in the panel."""
         try:
             said = action(*arguments) or ""
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             said = f"⚠️ **Refused:** {error}"
+        except Exception as error:
+            said = f"⚠️ **Failed:** {type(error).__name__}: {error}"
         self._message.content = said
 
     def _ask_for(self, action: str) -> str:
@@ -290,8 +283,17 @@ class EditViewer(ViewerControl):
         if not checkpoint.is_file():
             raise ValueError(f"the scene from before the edit is not at '{checkpoint}'.")
         state = read_checkpoint(checkpoint)
-        with self._lock:
-            model = deepcopy(self._pipeline.model)
+        dataset, device = self._dataset, torch.device(self._pipeline.device)
+        # Random weights are drawn, and replaced: that must not shift the rays of the training.
+        with self._lock, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model = self._pipeline.config.model.setup(
+                scene_box=dataset.scene_box,
+                num_train_data=len(dataset),
+                metadata=dataset.metadata,
+                device=device,
+                grad_scaler=None,
+                seed_points=None,
+            ).to(device)
         model.load_state_dict(
             {name.removeprefix("_model."): value for name, value in state.items() if name.startswith("_model.")},
             strict=False,

@@ -1,5 +1,6 @@
 """The panel of an edit in nerfstudio's viewer, in a real browser."""
 
+import base64
 import io
 import json
 import os
@@ -18,8 +19,9 @@ from nerfstudio.viewer_legacy.server.viewer_utils import get_free_port
 from PIL import Image
 
 from csd_2d import EditConfig
+from csd_2d.panel import ssh_line
 from csd_nerf.pipeline import CsdEditPipeline
-from csd_nerf.viewer import parsed, ssh_line
+from csd_nerf.viewer import parsed
 from tests.csd_nerf.conftest import train_in_process
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -92,10 +94,12 @@ class Visitor(threading.Thread):
         self.page.get_by_text(text).first.wait_for(timeout=1000 * PATIENCE)
 
     def pixels(self, alt: str) -> np.ndarray:
-        """Return what the browser shows of an image."""
-        image = self.page.locator(f"img[alt='{alt}']").first
-        image.wait_for(timeout=1000 * PATIENCE)
-        return np.asarray(Image.open(io.BytesIO(image.screenshot())).convert("RGB"))
+        """Return an image that the browser has drawn."""
+        self.page.locator(f"img[alt='{alt}']").first.wait_for(timeout=1000 * PATIENCE)
+        # In one go: the next update replaces the element.
+        drawn = "alt => { const i = document.querySelector(`img[alt='${alt}']`); return i?.naturalWidth ? i.src : '' }"
+        source = until(lambda: self.page.evaluate(drawn, alt), f"{alt} is drawn")
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
 
     def edits(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (self.pipeline.run.folder / "edited").glob("*.png")}
