@@ -35,11 +35,13 @@ class Budget:
 
     @contextmanager
     def spending(self) -> Iterator[None]:
-        """Count the time of the block: there is a pause after it, as long as makes it the share of both."""
-        begin = time.monotonic()
+        """Count the time of the block: there is a pause after it, as long as makes it the share of both.
+
+        It is this thread's own time: what it waits for others does not count.
+        """
+        begin = time.thread_time()
         yield
-        end = time.monotonic()
-        self._free_from = end + (end - begin) * (1 / self._share - 1)
+        self._free_from = time.monotonic() + (time.thread_time() - begin) * (1 / self._share - 1)
 
 
 @dataclass(frozen=True)

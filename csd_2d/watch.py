@@ -162,16 +162,16 @@ class Watch:
         shown = -1
         while not self._over:
             time.sleep(PAUSE)
-            if not self._server.get_clients() or not self._budget.allows:
+            if not self._server.get_clients():
                 continue
-            with self._budget.spending():
-                seen, version = self.observer.seen, self.observer.version
-                if seen.taken and not self._stopped:
-                    self._status.content = self._progress(seen)
-                if self._stale:
-                    self._stale = False
-                    self._show_picture()
-                if version != shown:
+            seen, version = self.observer.seen, self.observer.version
+            if seen.taken and not self._stopped:
+                self._status.content = self._progress(seen)
+            if self._stale:
+                self._stale = False
+                self._show_picture()
+            if version != shown and self._budget.allows:
+                with self._budget.spending():
                     shown = version
                     self._panel.show(seen)
 

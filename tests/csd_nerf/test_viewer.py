@@ -3,12 +3,8 @@
 import base64
 import io
 import json
-import os
-import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +18,8 @@ from csd_2d import EditConfig
 from csd_2d.panel import ssh_line
 from csd_nerf.pipeline import CsdEditPipeline
 from csd_nerf.viewer import parsed
+from tests.browser import PATIENCE, browser, until
 from tests.csd_nerf.conftest import train_in_process
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OPTIONS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--use-gl=angle",
-    "--use-angle=swiftshader",
-    "--disable-background-networking",
-]
-PATIENCE = 60.0
-
-
-@contextmanager
-def browser() -> Iterator[Any]:
-    """Debian's Chromium, with WebGL in software."""
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI needs Chromium: apt-get install chromium")
-        pytest.skip("no Chromium here: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        yield chromium
-        chromium.close()
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Waits for something to become true."""
-    end = time.monotonic() + PATIENCE
-    while not (result := condition()):
-        assert time.monotonic() < end, f"never happened: {what}"
-        time.sleep(0.1)
-    return result
 
 
 class Visitor(threading.Thread):
