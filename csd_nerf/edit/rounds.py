@@ -134,12 +134,13 @@ class DatasetUpdate:
             raise ValueError(f"{folder} is missing, but the scene was trained on it already; begin a new run.")
         self._check(folder, current.views)
         self._unfinished(current.number).unlink(missing_ok=True)
-        self.interrupted, self._shown_before = None, dict(self.shown)
+        self._shown_before = dict(self.shown)
         prompt, count = self._answered
         answered = count if prompt == current.settings.prompt else 0
         self._answered = (current.settings.prompt, answered + len(current.views))
         for index in current.views:
             self._show(index, current.number)
+        self.interrupted = None
         return current.views
 
     def _begin(self) -> Round:
