@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
@@ -30,6 +30,7 @@ from csd_2d.priors.loading import DEFAULT_MODEL, EDITORS, check_prior, load_prio
 if TYPE_CHECKING:
     import torch
 
+    from csd_2d.csd import Step
     from csd_2d.io.video import Clip
 
 
@@ -98,6 +99,26 @@ class RunOptions:
     resume: bool = False
     """Continue the same command where it was interrupted. Its state lies beside OUT, in OUT.unfinished, and is removed
     when the edit is done."""
+    watch: Annotated[int | None, tyro.conf.arg(metavar="[PORT]")] = None
+    """Serve a page, on this machine only, that shows the picture or the frames while they are edited, and can end the
+    edit. Without a number at port 8080."""
+
+    @contextmanager
+    def watched(
+        self, title: str, prior: Prior, before: "Sequence[torch.Tensor]", keys: Sequence[int] | None = None
+    ) -> "Iterator[Callable[[Step], object] | None]":
+        """Serve the page inside, if it is wanted; yields what an edit calls after every step."""
+        if self.watch is None:
+            yield None
+            return
+        if ranks.rank() > 0:  # all processes ask each other whether to end
+            yield lambda step: False
+            return
+        from csd_2d.watch import Watch
+
+        with Watch(self.watch, title, self.edit.steps, prior, before, keys) as page:
+            print(f"csd: {page.message()}", file=sys.stderr)
+            yield page.on_step
 
     @contextmanager
     def resumable(self, output: Path) -> Iterator[Path]:
@@ -172,12 +193,14 @@ class Panorama:
         mask = None if options.mask is None else read_mask(options.mask, (height, width), options.feather)
         regions = None if self.regions is None else [read_mask(path, (height, width)) for path in self.regions]
         prior = options.model.load(options.prompt)
-        with options.resumable(self.output) as resume:
+        watched = options.watched(f"panorama {self.input.name}", prior, [image])
+        with options.resumable(self.output) as resume, watched as on_step:
             edited = edit_panorama(
                 image,
                 prior,
                 options.prompt,
                 options.edit,
+                on_step,
                 progress="editing",
                 resume=resume,
                 stride=self.stride,
@@ -217,6 +240,7 @@ class Video:
 
     def run(self) -> str:
         from csd_2d.io.video import check_video_output, read_clip, read_masks, write_clip
+        from csd_2d.keyframes import key_indices
         from csd_2d.video import edit_video
 
         scratch = _check_output(self.output, self.input)
@@ -228,13 +252,16 @@ class Video:
         if len(options.prompt) != 1:
             raise ValueError(f"a video takes one prompt, got {len(options.prompt)}.")
         prior = options.model.load(options.prompt)
-        with options.resumable(self.output) as resume:
+        keys = key_indices(len(clip.frames), self.keyframes) if self.keyframes > 1 else None
+        watched = options.watched(f"video {self.input.name}", prior, clip.frames, keys)
+        with options.resumable(self.output) as resume, watched as on_step:
             edited = edit_video(
                 clip,
                 prior,
                 options.prompt[0],
                 options.edit,
                 masks,
+                on_step,
                 progress="editing",
                 resume=resume,
                 keyframes=self.keyframes,
@@ -294,6 +321,8 @@ class Generate:
     model's window."""
 
     def run(self) -> str:
+        import torch
+
         from csd_2d.priors.text_to_image import TextToImagePrior
 
         _check_image_output(self.output)
@@ -306,7 +335,11 @@ class Generate:
         prior = options.model.load(options.prompt, default="sd")
         if not isinstance(prior, TextToImagePrior):
             raise ValueError(edits_images)
-        with options.resumable(self.output) as resume:
+        gray = torch.full(
+            (3, self.height or prior.window * prior.cell, self.width or 4 * prior.window * prior.cell), 0.5
+        )
+        watched = options.watched(f"generate {self.output.name}", prior, [gray])
+        with options.resumable(self.output) as resume, watched as on_step:
             image = generate(
                 prior,
                 options.prompt,
@@ -315,6 +348,7 @@ class Generate:
                 options.edit,
                 self.stride,
                 self.wrap,
+                on_step,
                 progress="generating",
                 resume=resume,
             )
@@ -386,8 +420,18 @@ Two models to begin with: `--prior tiny` comes with csd, runs on any computer an
 """
 
 
+def _with_port(arguments: Sequence[str]) -> list[str]:
+    """Add the port that `--watch` leaves out: options of tyro take a value always."""
+    following = [*arguments[1:], "--"]
+    return [
+        part
+        for argument, after in zip(arguments, following, strict=True)
+        for part in ([argument, "8080"] if argument == "--watch" and not after.isdigit() else [argument])
+    ]
+
+
 def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Demo:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _with_port(sys.argv[1:] if arguments is None else arguments)
     # The preset sets the defaults of other options, so it is looked up before they are parsed.
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default="default")

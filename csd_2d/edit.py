@@ -37,13 +37,23 @@ class Edit(EditLoss):
         self, particles: Particles, prior: Prior, prompt: Prompt, config: EditConfig | None = None, **options: Any
     ) -> None:
         super().__init__(particles, prior, prompt, config, **options)
-        self._optimizer = torch.optim.SGD(particles.parameters(), lr=self.config.learning_rate)
+        self._learning_rate = self.config.learning_rate
+        self._optimizer = torch.optim.SGD(particles.parameters(), lr=self._learning_rate)
         self._scheduler = StepLR(self._optimizer, self.config.lr_decay_every, self.config.lr_decay)
 
     @property
     def done(self) -> bool:
         """All steps of the configuration were taken. More may follow."""
         return self.index >= self.steps
+
+    def steer(self, config: EditConfig) -> None:
+        """Take over guidance scales and learning rate of other settings, from the next step on.
+
+        The rest of them has no effect. A new learning rate decays from here on.
+        """
+        super().steer(config)
+        if config.learning_rate != self._learning_rate:
+            self._learning_rate = self._optimizer.param_groups[0]["lr"] = config.learning_rate
 
     def step(self) -> Step:
         """Take one step.
@@ -66,7 +76,7 @@ class Edit(EditLoss):
             return
         raise NonFiniteError(
             f"latents are not finite after step {step.index + 1} of {self.steps} (timestep {step.timestep}); "
-            f"lower lr (now {self.config.learning_rate:.3g}) or the guidance scales (now "
+            f"lower lr (now {self._learning_rate:.3g}) or the guidance scales (now "
             f"{' and '.join(map(str, self.guidance.values()))})."
         )
 
@@ -77,6 +87,7 @@ class Edit(EditLoss):
         """
         return super().state_dict() | {
             "parameters": [parameter.detach() for parameter in self.particles.parameters()],
+            "learning_rate": self._learning_rate,
             "lr": self._optimizer.param_groups[0]["lr"],  # SGD keeps nothing else
             "scheduler": self._scheduler.state_dict(),
         }
@@ -90,12 +101,20 @@ class Edit(EditLoss):
         super().load_state_dict(state)
         for parameter, values in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(values)
+        self._learning_rate = state["learning_rate"]
         self._optimizer.param_groups[0]["lr"] = state["lr"]
         self._scheduler.load_state_dict(state["scheduler"])
 
 
-def _take_step(run: Edit, state: ProgressFile | None, on_step: Callable[[Step], object] | None) -> bool:
+def _take_step(
+    run: Edit,
+    state: ProgressFile | None,
+    before_step: Callable[[Edit], object] | None,
+    on_step: Callable[[Step], object] | None,
+) -> bool:
     """Take one step and report it; returns whether the edit should end. The step is not kept: it may be large."""
+    if before_step is not None and any(ranks.gather_numbers(bool(before_step(run)))):
+        return True
     step = run.step()
     if state is not None:
         state.step_done()
@@ -110,6 +129,7 @@ def edit(
     on_step: Callable[[Step], object] | None = None,
     progress: str | None = None,
     resume: str | Path | None = None,
+    before_step: Callable[[Edit], object] | None = None,
     **options: Any,
 ) -> None:
     """Edit particles in place: all steps of `Edit`.
@@ -123,6 +143,7 @@ def edit(
         resume: file that keeps the state of the edit, in case it is interrupted; written twice a minute, and at the
             end. If it exists the edit continues from it and ends as if it had never stopped, even with a different
             number of processes. Delete it once the result is saved.
+        before_step: called with the edit before every step, and may steer it; the edit ends there if it returns True.
         options: layout, mixing; see `Edit`.
 
     Raises:
@@ -136,7 +157,7 @@ def edit(
     with tqdm(desc=progress, disable=silent, unit="step", initial=run.index, total=run.steps) as bar:
         interrupted = False
         while not (run.done or interrupted):
-            interrupted = _take_step(run, state, on_step)
-            bar.update()
+            interrupted = _take_step(run, state, before_step, on_step)
+            bar.update(run.index - bar.n)
     if state is not None:
         state.save()

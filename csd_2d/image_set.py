@@ -12,7 +12,7 @@ from csd_2d import ranks
 from csd_2d.cells import common_size, pad
 from csd_2d.config import EditConfig
 from csd_2d.csd import Step
-from csd_2d.edit import edit
+from csd_2d.edit import Edit, edit
 from csd_2d.latents import LatentStack
 from csd_2d.mixing import FindCorrespondence
 from csd_2d.particles import Layout
@@ -83,12 +83,13 @@ def edit_images(
     on_step: Callable[[Step], object] | None = None,
     progress: str | None = None,
     resume: str | Path | None = None,
+    before_step: Callable[[Edit], object] | None = None,
     **stack: Any,
 ) -> list[Float[Tensor, "3 _ _"]]:
     """Edit a set of images together.
 
     Args:
-        config, on_step, progress, resume: see `csd_2d.edit.edit`.
+        config, on_step, progress, resume, before_step: see `csd_2d.edit.edit`.
         stack: start, masks, correspondence; see `ImageStack`.
 
     Returns:
@@ -98,5 +99,5 @@ def edit_images(
         ValueError: as `ImageStack` and `edit` raise.
     """
     edited = ImageStack(images, prior, **stack)
-    edit(edited.particles, prior, prompt, config, on_step, progress, resume, layout=edited.layout)
+    edit(edited.particles, prior, prompt, config, on_step, progress, resume, before_step, layout=edited.layout)
     return edited.decode()

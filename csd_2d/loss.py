@@ -62,10 +62,7 @@ class EditLoss:
         self.particles, self.prior, self.config = particles, ranks.share_rows(prior), config or EditConfig()
         self._names = [type(prior).__name__, _name(mixing)]
         self.layout = layout or Layout()
-        self.guidance = {
-            name: getattr(prior if getattr(self.config, name) is None else self.config, name)
-            for name in ("guidance_scale", "image_guidance_scale")
-        }
+        self.guidance = self._first_guidance = self._scales(self.config)
         first = particles.source([0])
         takes_images = prior.condition(first).shape[1] > 0
         self._baseline: Baseline = self.config.baseline or ("noise" if takes_images else "image")
@@ -98,6 +95,16 @@ class EditLoss:
         if self.prompts and self.prompts[-1][0] == self.index:
             self.prompts.pop()
         self.prompts.append((self.index, prompts))
+
+    def _scales(self, config: EditConfig) -> dict[str, float]:
+        return {
+            name: getattr(self.prior if getattr(config, name) is None else config, name)
+            for name in ("guidance_scale", "image_guidance_scale")
+        }
+
+    def steer(self, config: EditConfig) -> None:
+        """Take over the guidance scales of other settings, from the next step on; the rest of them has no effect."""
+        self.guidance = self._scales(config)
 
     def next(self) -> tuple[Float[Tensor, ""], Step]:
         """Compute the next step's loss, whose gradient with respect to the particles is -w(t) phi, w(t) = sigma^2."""
@@ -138,9 +145,9 @@ class EditLoss:
         return torch.cat(parts)
 
     def fingerprint(self) -> str:
-        """Hash settings, first prompt, prior and mixing, which tell edits apart; not the particles."""
+        """Hash first settings and prompt, prior and mixing, which tell edits apart; not the particles."""
         (_, prompts), *_ = self.prompts
-        digest = hashlib.sha256(repr((self.config, prompts, self.guidance, self._names)).encode())
+        digest = hashlib.sha256(repr((self.config, prompts, self._first_guidance, self._names)).encode())
         # Models of one family differ in how they encode a prompt; the analytic prior makes it a list of functions.
         text = self._text if len(self.prompts) == 1 else self.prior.encode_text(prompts)
         for part in text if isinstance(text, tuple) else [text]:
@@ -153,6 +160,7 @@ class EditLoss:
         return {
             "index": self.index,
             "prompts": [(index, list(prompts)) for index, prompts in self.prompts],
+            "guidance": dict(self.guidance),
             "generator": self._generator.get_state(),
             "batches": self._schedule.batches.state_dict(),
         }
@@ -162,5 +170,6 @@ class EditLoss:
         self.index = state["index"]
         self.prompts = [(index, list(prompts)) for index, prompts in state["prompts"]]
         self._text = self.prior.encode_text(self.prompt)
+        self.guidance = dict(state["guidance"])
         self._generator.set_state(state["generator"])
         self._schedule.batches.load_state_dict(state["batches"])

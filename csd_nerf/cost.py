@@ -26,17 +26,29 @@ class Cost:
             torch.cuda.reset_peak_memory_stats(device)
         yield
         self.seconds += time.monotonic() - begin
-        self.peak_memory_mb = max(self.peak_memory_mb, _peak_memory_mb(device))
+        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(device))
 
     def rounded(self) -> dict[str, float]:
         """Return both to a tenth of a second and of a megabyte."""
         return {name: round(value, 1) for name, value in dataclasses.asdict(self).items()}
 
 
-def _peak_memory_mb(device: torch.device) -> float:
+def peak_memory_mb(device: torch.device) -> float:
+    """Return torch's peak on a GPU since it was last reset, else that of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def duration(seconds: float) -> str:
+    """Write a time to the minute.
+
+    Example:
+        >>> duration(20), duration(3700)
+        ('1 min', '1 h 2 min')
+    """
+    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def time_left(rounds: list[Cost], count: int, training: Cost, step: int, steps: int) -> str:
@@ -59,8 +71,7 @@ def time_left(rounds: list[Cost], count: int, training: Cost, step: int, steps: 
     """
     seconds = (count - len(rounds)) * sum(cost.seconds for cost in rounds) / len(rounds)
     seconds += (steps - step) * training.seconds / max(step, 1)
-    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
-    time = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    time = duration(seconds)
     if count == len(rounds) and not step:
         return ""
     return f"; about {time} left" + ("" if step else ", and the training between the rounds")

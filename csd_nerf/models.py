@@ -1,5 +1,6 @@
 """Nerfacto and splatfacto, built without a download; stock checkpoints load in them, and theirs in stock models."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -8,10 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 import torchvision
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.models.base_model import Model
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
+from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from torch import Tensor, nn
 
 from csd_nerf.source_run import SceneKind
@@ -63,6 +67,37 @@ class OfflineLpips(Model):
         return {name: value for name, value in metrics.items() if not name.endswith("lpips")}, images
 
 
+class Comparable(Model):
+    """Mixin that lets nerfstudio's viewer draw another scene beside this one, for the same camera."""
+
+    _compared: tuple[Model, float] | None = None
+
+    def compare(self, other: Model | None, share: float = 1.0) -> None:
+        """Draw another scene from now on, in a share of the picture from its left border; None: this one alone."""
+        # Not a submodule, which checkpoints would hold.
+        self.__dict__["_compared"] = None if other is None else (other, share)
+
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+        """Render a camera; for the viewer, with the other scene beside this one."""
+        compared = self._compared
+        if compared is None or not isinstance(threading.current_thread(), RenderStateMachine):
+            return super().get_outputs_for_camera(camera, obb_box)
+        other, share = compared
+        if isinstance(self, SplatfactoModel):
+            other.set_background(self.background_color)  # type: ignore[operator]
+        before = other.get_outputs_for_camera(camera, obb_box)
+        if share >= 1:
+            return before
+        now = super().get_outputs_for_camera(camera, obb_box)
+        column = round(share * now["rgb"].shape[1])
+        whole = {name: value for name, value in now.items() if value.shape[:2] != now["rgb"].shape[:2]}
+        return whole | {
+            name: torch.cat([before[name][:, :column], value[:, column:]], 1)
+            for name, value in now.items()
+            if name not in whole
+        }
+
+
 @dataclass
 class SceneModelConfig(OfflineLpipsConfig, NerfactoModelConfig):
     """Nerfacto, with LPIPS as an option."""
@@ -74,7 +109,7 @@ class SceneModelConfig(OfflineLpipsConfig, NerfactoModelConfig):
     _target: type = field(default_factory=lambda: SceneModel)
 
 
-class SceneModel(OfflineLpips, NerfactoModel):
+class SceneModel(Comparable, OfflineLpips, NerfactoModel):  # type: ignore[override]
     """Nerfacto: stock checkpoints load, and ours load in stock nerfacto."""
 
 
@@ -106,7 +141,7 @@ class SplatModelConfig(OfflineLpipsConfig, SplatfactoModelConfig):
     """Gaussians before the checkpoint is loaded."""
 
 
-class SplatModel(OfflineLpips, SplatfactoModel):
+class SplatModel(Comparable, OfflineLpips, SplatfactoModel):  # type: ignore[override]
     """Splatfacto: stock checkpoints load, and ours load in stock splatfacto.
 
     Its schedules continue where a loaded scene left them, with all degrees of spherical harmonics: step 0 of the

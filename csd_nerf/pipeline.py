@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.models.base_model import Model
 from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
@@ -20,14 +21,16 @@ from torch.nn import Parameter
 
 from csd_2d.config import EditConfig
 from csd_2d.prior import Prior
-from csd_2d.priors.loading import load_prior
+from csd_2d.priors.loading import check_prior, load_prior
 from csd_nerf.artifacts import Artifacts, edits_before
 from csd_nerf.cost import Cost, time_left
 from csd_nerf.edit.distill import Distillation, cost_of_distilling
 from csd_nerf.edit.masks import Box, Sphere, masks_from_folder, masks_of_solid
 from csd_nerf.edit.rounds import DatasetUpdate
 from csd_nerf.edit.selection import Selection
-from csd_nerf.source_run import check_fits
+from csd_nerf.edit.steering import ACTIONS, AT_NEXT_ROUND, AT_NEXT_STEP, IN_DISTILL, Settings, Steering
+from csd_nerf.source_run import check_fits, read_checkpoint
+from csd_nerf.viewer import EditViewer
 from csd_nerf.views import training_views
 from csd_nerf.views.base import TrainingViews, initial_pictures
 
@@ -89,6 +92,9 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     """In place of masks: only surfaces in this sphere of the scene are edited. Center x y z, radius."""
     feather: float = 4.0
     """Width in pixels of the soft border, inside masks, box or sphere."""
+    replay: Path | None = None
+    """RUN/edit.json of an earlier run: what was changed while it ran, in the viewer, is changed again, at the same
+    steps. Without a scene (--load-run) scene and settings, too, are those of that run."""
 
     def __post_init__(self) -> None:
         local = [name for name in ("masks", "box", "sphere") if getattr(self, name) is not None]
@@ -125,6 +131,8 @@ class Run:
     seed: int
     lock: threading.Lock
     """Held during training steps; whoever holds it may use the scene."""
+    optimizers: Optimizers
+    """Those of the scene."""
 
 
 def memory_advice(config: CsdEditPipelineConfig) -> str:
@@ -168,9 +176,30 @@ class CsdEditPipeline(VanillaPipeline):
     def __init__(self, config: CsdEditPipelineConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._distillation: Distillation | None = None
-        self._update: DatasetUpdate | None = None
+        self.rounds: DatasetUpdate | None = None
+        """The rounds of dataset update."""
+        self.run: Run | None = None
+        """The run that edits the scene; None while it is only rendered."""
+        self.step = 0
+        """Step of the training."""
+        self.over = False
+        """The training has ended."""
         self.training_cost = Cost()
         """Cost of the training steps so far."""
+        allowed = IN_DISTILL if config.mode == "distill" else AT_NEXT_STEP + AT_NEXT_ROUND + ACTIONS
+        self.steering = Steering(
+            Settings(config.prompt, config.edit, config.views_per_round), allowed, partial(check_prior, config.prior)
+        )
+        """Takes changes to the edit while it runs, from any thread."""
+        self.paused = False
+        """No rounds are run, while the scene goes on learning."""
+        self.stopped = False
+        """The training is to end after the present step."""
+        self._due = False
+        self._before_round: dict[str, Tensor] | None = None
+        """The scene before it learned the last round."""
+        self.viewer_control = EditViewer(self)
+        """Found, and built, by nerfstudio's viewer."""
         self.model.camera_optimizer.requires_grad_(False)
         if (appearance := _appearance(self.model)) is not None:
             appearance.requires_grad_(False)
@@ -194,56 +223,151 @@ class CsdEditPipeline(VanillaPipeline):
         Raises:
             ValueError, OSError: if the run cannot be edited or resumed.
         """
-        config, self._run = self.config, run
+        config, self.run, self._run = self.config, run, run
         views = self._views = training_views(self)
         with run.lock, views.sharing(run.lock):
             source = self._source(views)
         masks = self._masks(views)
         # Runs with different --machine.seed draw different noise, too.
         edit = dataclasses.replace(config.edit, seed=run.seed + config.edit.seed)
+        if config.mode == "distill":
+            edit = dataclasses.replace(edit, steps=run.steps)
+        self.steering.settings = dataclasses.replace(self.steering.settings, edit=edit)
+        self.steering.record(run.folder / "edit.json", config.replay)
+        if getattr(self.model.config, "stop_split_at", 0):
+            for name in ("undo", "reset"):
+                self.steering.refuse(name, "Gaussians are split in this run, so that their number cannot go back.")
         artifacts = Artifacts(self, views, source, run.scene, masks)
-        callbacks = [TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], partial(self._finish, artifacts))]
+        # Not within the training step: that runs under autocast.
+        before, after = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION, TrainingCallbackLocation.AFTER_TRAIN
+        callbacks = [
+            TrainingCallback([before], self._before_step, 1),
+            TrainingCallback([after], partial(self._finish, artifacts)),
+        ]
         if config.mode == "distill":
             parameters = [p for group in self.get_param_groups().values() for p in group]
-            edit = dataclasses.replace(edit, steps=run.steps)
-            self._distillation = Distillation(views, source, self._prior, config.prompt, edit, parameters)
-            CONSOLE.print(cost_of_distilling(edit, len(views)))
-            return callbacks
-        self._update = DatasetUpdate(
-            views,
-            source,
-            self._prior,
-            config.prompt,
-            edit,
-            views_per_round=config.views_per_round,
-            selection=config.view_selection,
-            folder=run.folder,
-            load_masks=masks,
-        )
-        rounds = -(-run.steps // config.steps_per_round)
-        if 0 < config.views_per_round * rounds < len(views):
-            CONSOLE.print(
-                f"[yellow]{rounds} round{'s' * (rounds > 1)} of {config.views_per_round} views will not reach all "
-                f"{len(views)}, and the scene will be a mixture of edited and unedited views; raise "
-                "--max-num-iterations, or leave --pipeline.views-per-round at 0."
+            self._distillation = Distillation(
+                views, source, self._prior, config.prompt, edit, parameters, self.viewer_control.observer
             )
-        for number in range(-(-run.start // config.steps_per_round)):
-            self._update.run_round(number, finished=True)
-        # Not within the training step: that runs under autocast.
-        before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
-        return [TrainingCallback([before], self._run_round, config.steps_per_round), *callbacks]
+            CONSOLE.print(cost_of_distilling(edit, len(views)))
+        else:
+            self._warn_of_views_left_out(len(views))
+            self.rounds = DatasetUpdate(
+                views,
+                source,
+                self._prior,
+                self.steering,
+                selection=config.view_selection,
+                folder=run.folder,
+                load_masks=masks,
+                observer=self.viewer_control.observer,
+            )
+        for step in range(run.start):
+            self._before_step(step)
+        return callbacks
+
+    def _warn_of_views_left_out(self, views: int) -> None:
+        """Warn of rounds that will not reach all views of the scene."""
+        size, rounds = self.config.views_per_round, -(-self._run.steps // self.config.steps_per_round)
+        if 0 < size * rounds < views:
+            CONSOLE.print(
+                f"[yellow]{rounds} round{'s' * (rounds > 1)} of {size} views will not reach all {views}, and the scene "
+                "will be a mixture of edited and unedited views; raise --max-num-iterations, or leave "
+                "--pipeline.views-per-round at 0."
+            )
+
+    def _before_step(self, step: int) -> None:
+        """Let changes take effect, and run a round if it is time to.
+
+        A resumed run goes through the steps before its start again, to have drawn and shown the same views.
+        """
+        self.step = step
+        changes = self.steering.take_over(step)
+        self._carry_out(step)
+        if self._distillation is not None and changes and step >= self._run.start:
+            with self.advising_on_memory():
+                self._distillation.steer(self.steering.settings)
+        if self.rounds is None:
+            return
+        self._due |= step % self.config.steps_per_round == 0
+        if not self.paused and (self._due or self.rounds.interrupted):
+            self._due = self._due and self.rounds.interrupted is not None  # another round follows it
+            self._run_round(step)
+            self._carry_out(step)
 
     def _run_round(self, step: int) -> None:
-        assert self._update is not None
-        number, count = step // self.config.steps_per_round, -(-self._run.steps // self.config.steps_per_round)
-        name = f"round {number + 1} of {count}"
-        # The edit of a round takes minutes, in which a viewer should be able to render.
-        with self.advising_on_memory(), self._views.sharing(self._run.lock):
-            self._update.run_round(number, name)
-        left = time_left(self._update.costs, count, self.training_cost, step, self._run.steps)
-        CONSOLE.print(f"{name} is done{left}.")
+        update, run = self.rounds, self._run
+        assert update is not None
+        if step < run.start:
+            done = update.run_round(step, finished=True)
+        else:
+            number = update.begun - (update.interrupted is not None)
+            to_come = self.rounds_to_come(step)
+            name = f"round {number + 1} of {number + 1 + to_come}"
+            # The edit of a round takes minutes, in which a viewer should be able to render.
+            with self.advising_on_memory(), self._views.sharing(run.lock):
+                done = update.run_round(step, name)
+            count = len(update.costs) + to_come
+            left = time_left(update.costs, count, self.training_cost, step, run.steps) if done else ""
+            CONSOLE.print(f"{name} is {'done' if done else 'interrupted'}{left}.")
+            if done and not getattr(self.model.config, "stop_split_at", 0):
+                self._before_round = {name: tensor.cpu().clone() for name, tensor in self.state_dict().items()}
+        if done:
+            self._allow_undo(True)
+
+    def rounds_to_come(self, step: int) -> int:
+        """Count the rounds that are due after a step."""
+        every = self.config.steps_per_round
+        return -(-self._run.steps // every) - step // every - 1
+
+    def _allow_undo(self, possible: bool) -> None:
+        if not getattr(self.model.config, "stop_split_at", 0):
+            self.steering.refuse("undo", None if possible else "only the last round can be undone; reset undoes all.")
+
+    def _carry_out(self, step: int) -> None:
+        """Carry out the actions that were taken over."""
+        while (action := self.steering.next_action()) is not None:
+            past = step < self._run.start
+            if action in ("pause", "resume"):
+                self.paused = action == "pause"
+            elif action == "edit_now":
+                self.paused, self._due = False, True
+            elif action == "undo":
+                self._undo(past)
+            elif action == "reset":
+                self._reset(past)
+            else:
+                self.stopped = not past
+
+    def _undo(self, past: bool) -> None:
+        """Give up the round that was begun, or go back to before the last one; see `_before_step` for the past."""
+        update = self.rounds
+        if update is None or update.give_up():
+            return
+        update.undo()
+        self._allow_undo(False)
+        if not past and self._before_round is not None:
+            self._restore_scene(self._before_round)
+
+    def _reset(self, past: bool) -> None:
+        """Go back to before the first round."""
+        if self.rounds is not None:
+            self.rounds.give_up()
+            self.rounds.reset()
+            self._allow_undo(False)
+        if not past:
+            self._restore_scene(read_checkpoint(self._run.scene))
+
+    def _restore_scene(self, state: dict[str, Any]) -> None:
+        """Load an earlier state of the scene; its optimizers start anew."""
+        self.load_pipeline(state, step=0)
+        for optimizer in self._run.optimizers.optimizers.values():
+            optimizer.state.clear()
 
     def _finish(self, artifacts: Artifacts, step: int) -> None:
+        self.over = True
+        self.model.compare(None)  # type: ignore[operator]
+        self.steering.refuse_all("the run is over; edit its scene in a new one, with --load-run.")
         with self._run.lock:
             artifacts.write(
                 self._run.folder,
@@ -308,6 +432,7 @@ class CsdEditPipeline(VanillaPipeline):
             "training_cost": dataclasses.asdict(self.training_cost),
             "scene": self._views.training_state(),
             "distillation": None if self._distillation is None else self._distillation.state_dict(),
+            "before_round": self._before_round,
         }
 
     def load_edit_state(self, state: dict[str, Any]) -> None:
@@ -316,6 +441,17 @@ class CsdEditPipeline(VanillaPipeline):
         self._views.load_training_state(state["scene"])
         if self._distillation is not None:
             self._distillation.load_state_dict(state["distillation"])
+        self._before_round = state["before_round"]
+
+    def _prompts(self) -> list[str]:
+        """List the prompts of this run, in order, since the scene was last reset."""
+        prompts = [self.config.prompt]
+        for change in self.steering.changes:
+            if change.name == "reset":
+                prompts = prompts[-1:]
+            elif change.name == "prompt":
+                prompts.append(change.value)
+        return prompts
 
     def _report(self, run: Run) -> dict[str, Any]:
         config = self.config
@@ -324,13 +460,14 @@ class CsdEditPipeline(VanillaPipeline):
         }
         return {
             "prompt": config.prompt,
-            "history": [*edits_before(run.scene), config.prompt],
+            "history": [*edits_before(run.scene), *self._prompts()],
             "scene": run.scene,
             "steps": run.steps,
             "seed": run.seed,
+            "changes": self.steering.report(),
             "settings": {name: value for name, value in dataclasses.asdict(config).items() if name in names},
             "costs": {
-                "rounds": [cost.rounded() for cost in (self._update.costs if self._update else [])],
+                "rounds": [cost.rounded() for cost in (self.rounds.costs if self.rounds else [])],
                 "training": self.training_cost.rounded(),
             },
         }

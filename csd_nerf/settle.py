@@ -45,6 +45,11 @@ def settle_edit(config: Any, defaults: Any) -> None:
         _settle_resumed(config)
         settle_scene(config)
         return
+    if config.pipeline.replay is not None and not any((config.load_run, config.load_dir, config.load_checkpoint)):
+        _settle_replayed(config)
+        settle_scene(config)
+        _check_folder(config)
+        return
     _settle_prompt(config)
     _settle_training(config, defaults)
     _settle_checkpoint(config)
@@ -62,6 +67,23 @@ def _settle_resumed(config: Any) -> None:
     if config.load_checkpoint is None or not config.load_checkpoint.is_file():
         raise FileNotFoundError(
             f"the scene of --resume {run} is not at {config.load_checkpoint} any more; set --load-checkpoint."
+        )
+
+
+def _settle_replayed(config: Any) -> None:
+    """Restore scene and settings of an earlier run, whose changes are made again in a run of its own."""
+    replay, data, timestamp, output = (
+        config.pipeline.replay,
+        config.pipeline.datamanager.data,
+        config.timestamp,
+        config.output_dir,
+    )
+    restore_config(config, replay.parent / "config.yml", _NOT_RESTORED)
+    config.timestamp, config.output_dir, config.pipeline.replay = timestamp, output, replay.absolute()
+    config.pipeline.datamanager.data = data or config.pipeline.datamanager.data
+    if config.load_checkpoint is None or not config.load_checkpoint.is_file():
+        raise FileNotFoundError(
+            f"the scene of --pipeline.replay {replay} is not at {config.load_checkpoint} any more; set --load-run."
         )
 
 

@@ -101,7 +101,7 @@ class SceneTrainer(Trainer):
             # Finished rounds are worth keeping: the run can be resumed.
             if not any(self.checkpoint_dir.glob("*.ckpt")) and not any(self.base_dir.glob("rounds/*")):
                 _close_event_writers()
-                for pattern in ("config.yml", "dataparser_transforms.json", "events.out.tfevents.*"):
+                for pattern in ("config.yml", "edit.json", "dataparser_transforms.json", "events.out.tfevents.*"):
                     for path in self.base_dir.glob(pattern):
                         path.unlink()
                 for name in INITIAL_PICTURES:
@@ -172,6 +172,7 @@ class EditTrainer(SceneTrainer):
         CONSOLE.print(f"Going on after step {self._start_step} of {self.config.max_num_iterations}")
 
     def _begin(self) -> None:
+        self._trained = max(self._start_step - 1, 0)
         self.callbacks += self.pipeline.begin_edit(self._run())
         if self._edit_state is not None:
             self.pipeline.load_edit_state(self._edit_state["edit"])
@@ -186,6 +187,7 @@ class EditTrainer(SceneTrainer):
             steps=self.config.max_num_iterations,
             seed=self.config.machine.seed,
             lock=self.train_lock,
+            optimizers=self.optimizers,
         )
 
     def train(self) -> None:
@@ -213,7 +215,14 @@ class EditTrainer(SceneTrainer):
             finite = bool(result[0].isfinite())  # in here, because it waits for the GPU
         if not finite:
             raise NonFiniteError(f"the loss is not finite at step {step}; {self._way_back()}")
+        self._trained = step
+        if self.pipeline.stopped:
+            self.stop_training = True
         return result
+
+    def _after_train(self) -> None:
+        self.step = self._trained  # nerfstudio's may be the step before which it was told to stop
+        super()._after_train()
 
     def save_checkpoint(self, step: int) -> None:
         """Write a checkpoint and the edit's state, whole or not at all; never one that is not finite."""

@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -27,6 +26,7 @@ def precedence(ranks: Int[Tensor, " k"], reference: Int[Tensor, " k"]) -> Float[
     """Compute how much values count, by their ranks, next to those of other ranks.
 
     Example:
+        >>> import torch
         >>> precedence(torch.tensor([0, 1, 2]), torch.tensor([1, 1, 1])).tolist()
         [30.0, 1.0, 0.03333333507180214]
     """

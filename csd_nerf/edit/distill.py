@@ -14,8 +14,10 @@ from csd_2d.config import EditConfig
 from csd_2d.correspondence import Correspondence
 from csd_2d.csd import Step
 from csd_2d.loss import EditLoss
+from csd_2d.observer import Observer
 from csd_2d.particles import Layout
 from csd_2d.prior import Prior
+from csd_nerf.edit.steering import Settings
 from csd_nerf.views.base import TrainingViews, replayed
 from csd_nerf.views.correspondence import view_correspondence
 
@@ -97,6 +99,7 @@ class Distillation:
         source: the image that conditions the edit of a view.
         load_prior: called at the first step, so that rendering a scene never loads a diffusion model.
         parameters: parameters that are optimized.
+        observer: looks at every step.
     """
 
     def __init__(
@@ -107,20 +110,32 @@ class Distillation:
         prompt: str,
         edit: EditConfig,
         parameters: Iterable[nn.Parameter],
+        observer: Observer | None = None,
     ) -> None:
         self._views, self._source, self._load_prior = views, source, load_prior
+        self._observer = observer or Observer(lambda: False)
         self._prompt, self._edit, self._parameters = prompt, edit, list(parameters)
 
     @cached_property
     def _run(self) -> EditLoss:
         prior = self._load_prior()
         particles = SceneParticles(self._views, self._source, prior, self._parameters)
+        names = [self._views.name(index) for index in range(len(self._views))]
+        self._observer.begin("distill", names, self._edit.steps, prior.decode, particles.correspondence)
         edit = self._edit if self._edit.batch else dataclasses.replace(self._edit, batch=min(BATCH, len(particles)))
         return EditLoss(particles, prior, self._prompt, edit, layout=Layout(correspondence=particles.correspondence))
 
+    def steer(self, settings: Settings) -> None:
+        """Take over prompt and guidance scales, from the next step on."""
+        if self._run.prompt != [settings.prompt]:
+            self._run.prompt = settings.prompt
+        self._run.steer(settings.edit)
+
     def next(self) -> tuple[Float[Tensor, ""], Step]:
         """Compute the next step's loss; see `EditLoss.next`."""
-        return self._run.next()
+        loss, step = self._run.next()
+        self._observer.on_step(step)
+        return loss, step
 
     @cached_property
     def _fingerprint(self) -> str:

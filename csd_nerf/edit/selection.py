@@ -30,14 +30,16 @@ class ViewRounds:
         self, positions: Float[Tensor, "n 3"], size: int, selection: Selection, generator: torch.Generator
     ) -> None:
         self._distances = torch.cdist(positions.double(), positions.double())
-        self._size = min(size or len(positions), len(positions))
+        self.size = size
+        """Views of the next batches; 0 takes all."""
         self._selection, self._generator = selection, generator
         self.waiting: list[int] = []
         """Views still to come before any comes again."""
 
     def __next__(self) -> list[int]:
         batch: list[int] = []
-        while len(batch) < self._size:
+        size = min(self.size or len(self._distances), len(self._distances))
+        while len(batch) < size:
             if not self.waiting:
                 self.waiting = list(range(len(self._distances)))
             batch.append(self._pick([view for view in self.waiting if view not in batch], batch))

@@ -71,6 +71,11 @@ def replayed(function: Callable[..., Tensor], *args: Any, device: str | torch.de
     return checkpoint(lambda _, *args: function(*args), gate, *args, use_reentrant=True)  # type: ignore[return-value]
 
 
+def view_name(index: int, file: Path) -> str:
+    """Return a unique name for files about a view: two folders of a data set may hold files of one name."""
+    return f"{index:04d}_{file.stem}"
+
+
 class TrainingViews(ABC):
     """The training views of a pipeline. All images are RGB in [0, 1] on the CPU, and may differ in size."""
 
@@ -89,8 +94,8 @@ class TrainingViews(ABC):
         return self._dataset.image_filenames[index]
 
     def name(self, index: int) -> str:
-        """Return a unique name for files about a view: two folders of a data set may hold files of one name."""
-        return f"{index:04d}_{self.filename(index).stem}"
+        """See `view_name`."""
+        return view_name(index, self.filename(index))
 
     def digest(self) -> str:
         """Hash the files of the training images, which tells data sets apart."""

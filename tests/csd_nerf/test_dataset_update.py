@@ -10,6 +10,7 @@ from csd_2d import EditConfig, load_prior
 from csd_2d.io.images import read_image
 from csd_nerf.edit import rounds
 from csd_nerf.edit.rounds import DatasetUpdate
+from csd_nerf.edit.steering import Settings, Steering
 
 NUM_VIEWS = 7
 
@@ -52,8 +53,8 @@ class FakeViews:
 
 def make(views: FakeViews, folder: Path, views_per_round: int = 3, seed: int = 1, load=lambda: load_prior("analytic")):
     edit = EditConfig(steps=30, seed=seed)
-    drawn = {"views_per_round": views_per_round, "selection": "random"}
-    return DatasetUpdate(views, views.original, load, "make it night", edit, folder=folder, **drawn)  # type: ignore[arg-type]
+    steering = Steering(Settings("make it night", edit, views_per_round))
+    return DatasetUpdate(views, views.original, load, steering, selection="random", folder=folder)  # type: ignore[arg-type]
 
 
 def test_every_view_has_its_turn_before_any_repeats(tmp_path):
@@ -87,7 +88,7 @@ def test_edited_images_supervise_and_are_written(tmp_path):
 def test_an_edit_starts_at_the_render_and_is_of_the_original(tmp_path, monkeypatch):
     calls = []
 
-    def edit_images(images, prior, prompt, config, start, masks, correspondence, progress, resume):
+    def edit_images(images, prior, prompt, config, start, masks, correspondence, progress, **_):
         calls.append((images, start, config.seed, progress))
         return images
 
@@ -120,7 +121,7 @@ def test_an_edit_that_does_nothing_is_said_once(tmp_path, capsys, lr, warned, lo
         for mask in corners:
             mask[:, :1, :1] = 1
         update._load_masks = lambda: corners
-    update._config = EditConfig(steps=30, lr=lr, seed=1)
+    update._steering.settings = Settings("make it night", EditConfig(steps=30, lr=lr, seed=1), 3)
     update.run_round(0)
     assert ("changed the views by" in capsys.readouterr().out) == warned
     update.run_round(1)

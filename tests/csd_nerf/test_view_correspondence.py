@@ -8,6 +8,7 @@ import torch
 from csd_2d import EditConfig
 from csd_nerf import procedural_scene as scene
 from csd_nerf.edit import rounds
+from csd_nerf.edit.steering import Settings
 from csd_nerf.views.correspondence import view_correspondence
 from tests.csd_nerf.test_dataset_update import NUM_VIEWS, FakeViews, make
 
@@ -75,7 +76,7 @@ def test_rounds_match_their_views_unless_told_not_to(tmp_path, monkeypatch):
     )
     for correspondence in (True, False):
         update = make(FakeViews(), tmp_path / str(correspondence))
-        update._config = EditConfig(correspondence=correspondence)
+        update._steering.settings = Settings("make it night", EditConfig(correspondence=correspondence), 3)
         update.run_round(0)
     assert callable(found[0]) and found[1] is None
 
