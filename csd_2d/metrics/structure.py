@@ -136,8 +136,10 @@ def _phase_correlation(
     top, place = surface.flatten(1).max(1)
     y, x = place // side, place % side
     line = torch.arange(side)
-    away = ((line - y[:, None] + side // 2) % side - side // 2).abs()[:, :, None].maximum(
-        ((line - x[:, None] + side // 2) % side - side // 2).abs()[:, None]
+    away = (
+        ((line - y[:, None] + side // 2) % side - side // 2)
+        .abs()[:, :, None]
+        .maximum(((line - x[:, None] + side // 2) % side - side // 2).abs()[:, None])
     )
     others = surface.abs().masked_fill(away <= 2 * SPREAD, 0).amax((1, 2))
     rows = torch.arange(len(surface))
