@@ -95,7 +95,7 @@ _METRICS = (
     _Metric(
         "CLIP directional",
         "higher",
-        "cos(E(edit) - E(source), E(target caption) - E(source caption)): the change is the one that captions describe.",
+        "cos(E(edit) - E(source), E(target caption) - E(source caption)): the change is what the captions say.",
     ),
     _Metric("CLIP image similarity", "higher", "cos(E(edit), E(source)): the content stays."),
     _Metric("CLIP consistency", "higher", "cos(E(f_k), E(f_k+1)) of consecutive images.", _ORDERED),
