@@ -95,8 +95,8 @@ class Study:
     """Diffusion model, see `csd_2d.load_prior`."""
     count: int = 8
     """Images with known answers that are edited together."""
-    clip: str | None = "paper"
-    """CLIP model, see `csd_2d.metrics.learned.CLIP_MODELS`; none leaves it out."""
+    clip: str = "paper"
+    """CLIP model, see `csd_2d.metrics.learned.CLIP_MODELS`; "none" leaves it out."""
     method: str = "csd-edit"
     """For a scene: the method of ns-train."""
     plot: list[str] | None = None
@@ -316,8 +316,8 @@ def _prior(name: str, device: str, local_files_only: bool) -> Prior:
 
 
 @cache
-def _learned(clip: str | None, device: str, local_files_only: bool) -> Learned:
-    return Learned(clip, device, local_files_only)
+def _learned(clip: str, device: str, local_files_only: bool) -> Learned:
+    return Learned(None if clip == "none" else clip, device, local_files_only)
 
 
 def _counting(cell: Cell, place: Place) -> Any:

@@ -405,6 +405,8 @@ class Eval:
         _check_output(self.output / "report.html")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         subject = self._subject(device)
+        if self.clip != "none":
+            print(f"CLIP: {self.clip} (--clip small takes 0.6 GB, none leaves it out)", file=sys.stderr)
         networks = Learned(None if self.clip == "none" else self.clip, device, self.local_files_only)
         evaluation = evaluate(subject, networks, progress="measuring")
         settings = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
@@ -506,8 +508,8 @@ class Ablate:
         if self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}.")
         _check_output(self.output / "table.md")
-        given = {"seeds": self.seeds, "clip": self.clip}
-        study = replace(load_study(self.study), **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in (("seeds", self.seeds), ("clip", self.clip)) if value is not None}
+        study = replace(load_study(self.study), **given)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             rows = run_study(study, self.output, self.data, self.jobs, device, self.local_files_only, "editing")

@@ -205,7 +205,8 @@ class Learned:
                 self._loaded[name] = build()
             except (ImportError, OSError, ValueError) as error:
                 # Of a library's paragraph on how to get online, the first sentence says what happened.
-                self.missing[name] = str(error).strip().splitlines()[0]
+                why = str(error).strip().splitlines()[0]
+                self.missing[name] = f"{why} --clip takes a folder, too." if name == "clip" else why
         return self._loaded.get(name)
 
 
@@ -228,7 +229,10 @@ def evaluate(subject: Subject, networks: Learned | None = None, progress: str | 
     """
     start = time.monotonic()
     _check_counts(subject)
-    meter = _Meter(subject, networks or Learned(None, local_files_only=True))
+    networks = networks or Learned(None, local_files_only=True)
+    for load in (networks.clip, networks.lpips):  # before the progress bar, whose ETA that would spoil
+        load()
+    meter = _Meter(subject, networks)
     total = len(subject.before)
     for index, pictures in enumerate(tqdm(_together(subject), progress, total, disable=progress is None, unit="image")):
         meter.add(index, *pictures)
@@ -305,7 +309,7 @@ class _Meter:
             self._source_values[name].append(source)
 
     def _structure(self, before: Tensor, after: Tensor) -> None:
-        self._try("SSIM to the source", lambda: (ssim(before, after), None))
+        self._note("SSIM to the source", ssim(before, after))
         self._note("edges", edge_similarity(before, after))
         moved = shift(before, after)
         if moved.windows:

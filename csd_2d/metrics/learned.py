@@ -133,15 +133,15 @@ class Lpips:
 
     def __init__(self, device: str | torch.device = "cpu", local_files_only: bool = False) -> None:
         try:
-            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
             from torchvision.models import AlexNet_Weights
         except ImportError as error:
+            raise ImportError('LPIPS needs torchvision: pip install "csd-edit[metrics]".') from error
+        _fetch(AlexNet_Weights.IMAGENET1K_V1, local_files_only)
+        try:  # after the weights, for it takes seconds to import
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        except ImportError as error:
             raise ImportError('LPIPS needs torchmetrics: pip install "csd-edit[metrics]".') from error
-        _check_cached(AlexNet_Weights.IMAGENET1K_V1.url, local_files_only)
-        try:
-            network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-        except URLError as error:
-            raise _no_download(AlexNet_Weights.IMAGENET1K_V1.url) from error
+        network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
         self._network, self._device = network.eval().requires_grad_(False).to(device), device
 
     @torch.no_grad()
@@ -168,11 +168,8 @@ class Style:
             from torchvision.models import VGG19_Weights, vgg19
         except ImportError as error:
             raise ImportError('the style metric needs torchvision: pip install "csd-edit[metrics]".') from error
-        _check_cached(VGG19_Weights.IMAGENET1K_V1.url, local_files_only)
-        try:
-            network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1)
-        except URLError as error:
-            raise _no_download(VGG19_Weights.IMAGENET1K_V1.url) from error
+        _fetch(VGG19_Weights.IMAGENET1K_V1, local_files_only)
+        network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1)
         self._layers = network.features[: self.LAYERS[-1] + 1].eval().requires_grad_(False).to(device)
         self._device = device
 
@@ -211,11 +208,14 @@ def intra_lpips(windows: Float[Tensor, "n 3 s s"], distance: Any) -> float:
     return sum(distance(a, b) for a, b in pairs) / len(pairs)
 
 
-def _check_cached(url: str, local_files_only: bool) -> None:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if local_files_only and not path.is_file():
+def _fetch(weights: Any, local_files_only: bool) -> None:
+    """Download torchvision's weights to torch.hub's cache, unless they are there. OSError if they cannot be had."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if path.is_file():
+        return
+    if local_files_only:
         raise OSError(f"{path.name} is not in torch.hub's cache, and nothing is downloaded.")
-
-
-def _no_download(url: str) -> OSError:
-    return OSError(f"{Path(url).name} is not in torch.hub's cache and could not be downloaded.")
+    try:
+        weights.get_state_dict(progress=True)
+    except URLError as error:
+        raise OSError(f"{path.name} is not in torch.hub's cache, and could not be downloaded.") from error

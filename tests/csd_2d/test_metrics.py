@@ -19,7 +19,7 @@ from csd_2d.metrics.learned import (
     intra_style,
     windows_across,
 )
-from csd_2d.metrics.structure import edge_similarity, shift, ssim
+from csd_2d.metrics.structure import edge_similarity, luma, shift, ssim
 
 
 def pictures(count, height=64, width=96, seed=0):
@@ -79,6 +79,15 @@ def test_structure_of_the_same_picture_and_of_worse_ones():
     for measure in (ssim, edge_similarity):
         falling = [measure(image, (image + level * noise).clamp(0, 1)) for level in (0, 0.05, 0.2)]
         assert falling[0] > falling[1] > falling[2]
+
+
+def test_ssim_is_scikit_images():
+    metrics = pytest.importorskip("skimage.metrics")  # comes with nerfstudio
+    one, other = pictures(2, 40, 50)
+    for edited in (recolored(one), other):
+        a, b = (luma(image)[0].double().numpy() for image in (one, edited))
+        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+        assert ssim(one, edited) == pytest.approx(metrics.structural_similarity(a, b, **options), abs=1e-4)
 
 
 def test_seams_of_known_height():
