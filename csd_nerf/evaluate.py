@@ -15,7 +15,6 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.models.base_model import Model
 from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.pipelines.base_pipeline import Pipeline
-from nerfstudio.utils.eval_utils import eval_setup
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -125,6 +124,8 @@ def novel_views(before: Path, after: Path, count: int, device: str) -> Subject:
 
 
 def _load(config: Path, device: str) -> Pipeline:
+    from nerfstudio.utils.eval_utils import eval_setup  # imports all methods, and with them this module
+
     def settled(loaded: TrainerConfig) -> TrainerConfig:
         loaded.machine.device_type = "cuda" if device.startswith("cuda") else "cpu"
         return loaded
