@@ -410,7 +410,7 @@ class Eval:
         networks = Learned(None if self.clip == "none" else self.clip, device, self.local_files_only)
         evaluation = evaluate(subject, networks, progress="measuring")
         settings = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
-        title = self.target_caption or f"{self.before.name} → {self.after.name}"
+        title = self.target_caption or f"{_shown(self.before)} → {_shown(self.after)}"
         write_report(evaluation, subject, self.output, title, settings | {"device": device})
         print(terminal_table(evaluation))
         return str(self.output / "report.html")
@@ -445,6 +445,12 @@ class Eval:
             wrap=self.wrap,
             seam_every=self.seam_every,
         )
+
+
+def _shown(path: Path) -> str:
+    """Name an input: of a run the method and the time, which its folders are named after."""
+    run = path.absolute().parent if path.name == "config.yml" else path
+    return f"{run.parent.name} {run.name}" if run != path else path.name
 
 
 def _read_images(path: Path) -> "Clip":

@@ -91,6 +91,8 @@ class _Metric:
 
 
 _ORDERED: tuple[Kind, ...] = ("video", "scene")
+_FLAT: tuple[Kind, ...] = ("images", "panorama", "video")
+"""Kinds that masks and answers can be given for."""
 _METRICS = (
     _Metric(
         "CLIP directional",
@@ -139,11 +141,11 @@ _METRICS = (
         ("images", "video", "scene"),
     ),
     _Metric("change", "", "Mean absolute difference of edit and source, RGB in [0, 1]."),
-    _Metric("change inside", "", "The same inside of the mask."),
-    _Metric("change outside", "near 0", "The same where the mask is black."),
-    _Metric("PSNR outside", "higher", "In dB, where the mask is black; at most 120."),
-    _Metric("agreement", "higher", "Share of the images on the most common answer."),
-    _Metric("PSNR to the answer", "higher", "In dB, to the answer that each image is nearest to."),
+    _Metric("change inside", "", "The same inside of the mask.", _FLAT),
+    _Metric("change outside", "near 0", "The same where the mask is black.", _FLAT),
+    _Metric("PSNR outside", "higher", "In dB, where the mask is black; at most 120.", _FLAT),
+    _Metric("agreement", "higher", "Share of the images on the most common answer.", _FLAT),
+    _Metric("PSNR to the answer", "higher", "In dB, to the answer that each image is nearest to.", _FLAT),
 )
 NEEDS = {
     "CLIP directional": "it needs --source-caption and --target-caption, which describe the images before and after.",
