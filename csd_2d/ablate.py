@@ -200,6 +200,13 @@ class Cell:
         return variant_config(self.variant, self.grid, self.seed)
 
     @property
+    def prior(self) -> str | None:
+        """Name of the diffusion model that this process loads for it; a scene's run loads its own."""
+        if self.study.kind == "scene" or self.variant.editor != "csd":
+            return None
+        return "analytic" if (self.input.known or "").startswith("textures") else self.study.prior
+
+    @property
     def key(self) -> str:
         """Name of the file that holds its figures: a digest of all that they depend on."""
         shared = {name: getattr(self.study, name) for name in ("kind", "prior", "count", "clip", "method")}
@@ -211,7 +218,12 @@ def cells(study: Study) -> list[Cell]:
     """List the edits of a study: all variants of a seed before the next seed, so that a part of it is of use."""
     grids = [dict(zip(study.grid, values, strict=True)) for values in product(*study.grid.values())]
     order = product(range(study.seeds), study.inputs, study.variants, grids)
-    return [Cell(study, one, label, grid, seed) for seed, one, label, grid in order]
+    return [Cell(study, one, label, grid, seed) for seed, one, label, grid in order if _can(study, one, label)]
+
+
+def _can(study: Study, one: Input, label: str) -> bool:
+    """Tell whether an editor can edit an input: diffusers has no sampler of exact scores."""
+    return study.variants[label].editor != "sampler" or not (one.known or "").startswith("textures")
 
 
 Row = dict[str, Any]
@@ -273,9 +285,11 @@ def _row_file(folder: Path, cell: Cell) -> Path:
 
 def _measure(cell: Cell, folder: Path, data: Path, device: str, local_files_only: bool) -> None:
     """Edit, measure, and write the row of one cell."""
+    place = Place(folder, data, device, local_files_only)
+    if cell.prior is not None:
+        _counting(cell, place)  # loading the model is no part of the time
     start = time.monotonic()
     run = {"known": _known, "panorama": _panorama, "video": _video, "scene": _scene}[cell.study.kind]
-    place = Place(folder, data, device, local_files_only)
     figures, missing = run(cell, place)
     row = {
         "input": cell.input.name,
@@ -321,7 +335,8 @@ def _learned(clip: str, device: str, local_files_only: bool) -> Learned:
 
 
 def _counting(cell: Cell, place: Place) -> Any:
-    return CountingPrior(_prior(cell.study.prior, place.device, place.local_files_only))
+    assert cell.prior is not None
+    return CountingPrior(_prior(cell.prior, place.device, place.local_files_only))
 
 
 Figures = tuple[dict[str, float], dict[str, str]]
@@ -342,14 +357,11 @@ def _known(cell: Cell, place: Place) -> Figures:
     from csd_2d.image_set import edit_images
     from csd_2d.tiny.tasks import load_task, measure
 
-    name, seed = cell.input.known or "", cell.seed
-    task = load_task(name, seed, cell.study.count)
-    prior = CountingPrior(_prior("analytic" if name.startswith("textures") else cell.study.prior, place.device, True))
+    task = load_task(cell.input.known or "", cell.seed, cell.study.count)
     if cell.variant.editor == "csd":
-        find: Any = task.find(prior.cell)
-        edited = torch.stack(
-            edit_images(list(task.images), prior, task.prompt, cell.config, correspondence=find)  # type: ignore[arg-type]
-        )
+        prior = _counting(cell, place)
+        find = task.find(prior.cell)
+        edited = torch.stack(edit_images(list(task.images), prior, task.prompt, cell.config, correspondence=find))
         evaluations = prior.rows / len(task.images)
     elif cell.variant.editor == "unedited":
         edited, evaluations = task.images, 0.0

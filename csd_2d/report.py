@@ -116,8 +116,8 @@ def _pictures(subject: Subject) -> list[dict[str, Any]]:
             pictures.append(_pair(f"mask of {label}, beside the edit", index, mask.expand(3, -1, -1), after, side))
         if subject.wrap:
             half = before.shape[-1] // 2
-            rolled = (image.roll(half, -1)[..., half // 2 : half // 2 + half] for image in (before, after))
-            pictures.append(_pair("left and right border, joined in the middle", index, *rolled, side))
+            rolled = [image.roll(half, -1)[..., half // 2 : half // 2 + half] for image in (before, after)]
+            pictures.append(_pair("left and right border, joined in the middle", index, rolled[0], rolled[1], side))
     return pictures
 
 

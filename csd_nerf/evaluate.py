@@ -114,7 +114,7 @@ def novel_views(before: Path, after: Path, count: int, device: str) -> Subject:
     files = [config_file(run, option, "of a nerfstudio run") for run, option in ((before, "BEFORE"), (after, "AFTER"))]
     scenes = [_load(file, device) for file in files]
     poses = [_training_cameras(scene).camera_to_worlds for scene in scenes]
-    if poses[0].shape != poses[1].shape or not torch.allclose(*poses, atol=1e-3):
+    if poses[0].shape != poses[1].shape or not torch.allclose(poses[0], poses[1], atol=1e-3):
         raise ValueError(
             f"{before} and {after} do not have the same training cameras; expected a scene and its edit (--load-run)."
         )

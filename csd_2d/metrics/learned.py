@@ -12,7 +12,7 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 CLIP_MODELS = {
     "paper": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
@@ -69,14 +69,14 @@ class Clip:
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu", local_files_only: bool = False) -> None:
-        from transformers import CLIPModel, CLIPTokenizerFast
+        from transformers import AutoTokenizer, CLIPModel
 
         place = CLIP_MODELS.get(name, name)
         options: dict[str, Any] = {"local_files_only": local_files_only or Path(place).is_dir()}
         half = torch.device(device).type == "cuda"
         model = CLIPModel.from_pretrained(place, dtype=torch.float16 if half else torch.float32, **options)
         self._model: Any = model.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
-        self._tokenizer = CLIPTokenizerFast.from_pretrained(place, **options)
+        self._tokenizer = AutoTokenizer.from_pretrained(place, **options)
         self._device = device
         self.size: int = self._model.config.vision_config.image_size
 
@@ -170,7 +170,9 @@ class Style:
             raise ImportError('the style metric needs torchvision: pip install "csd-edit[metrics]".') from error
         _fetch(VGG19_Weights.IMAGENET1K_V1, local_files_only)
         network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1)
-        self._layers = network.features[: self.LAYERS[-1] + 1].eval().requires_grad_(False).to(device)
+        self._layers = (
+            nn.Sequential(*list(network.features)[: self.LAYERS[-1] + 1]).eval().requires_grad_(False).to(device)
+        )
         self._device = device
 
     @torch.no_grad()
