@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from csd_2d.csd import Step
+    from csd_2d.evaluate import Subject
     from csd_2d.io.video import Clip
 
 
@@ -378,16 +379,184 @@ class Demo:
     def run(self) -> str:
         if ranks.size() > 1:
             raise ValueError("csd demo runs in one process.")
-        if find_spec("nerfstudio") is None:
-            raise ImportError('csd demo needs nerfstudio: pip install "csd-edit[nerf]".')
-        # Scenes build on this package, which does not know them: it finds the demo as it would a plug-in.
-        (demo,) = entry_points(group="csd.commands", name="demo")
+        demo = _scene_command("demo", "csd demo")
         names = (Path(f"csd_demo_{i}" if i > 1 else "csd_demo") for i in count(1))
         output = self.output or next(name for name in names if not name.exists())
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise ValueError(f"output {output} exists and is not an empty folder.")
         _check_output(output)
-        return str(demo.load()(output, self.prompt, self.seed, self.preset, self.guidance_scale))
+        return str(demo(output, self.prompt, self.seed, self.preset, self.guidance_scale))
+
+
+@dataclass
+class Eval:
+    """Measure an edit: fidelity, consistency, structure. Prints a table; writes report.json and report.html to DIR.
+
+    What is measured: two images (a panorama if twice as wide as high), two videos or folders of frames, or two runs of
+    nerfstudio, RUN/config.yml, of which novel views are rendered along a path between the training cameras.
+
+    Example: csd eval river.jpg night.png --output report
+    """
+
+    before: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BEFORE")]
+    """Image, video, folder of images, or config.yml of a run: before the edit."""
+    after: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="AFTER")]
+    """The same after the edit: as many images, of the same sizes, in the same order."""
+    output: Path
+    """Folder for report.json and report.html."""
+    source_caption: str | None = None
+    """Describes the images before the edit ("a photo of a river by day"); with the target's, for CLIP directional."""
+    target_caption: str | None = None
+    """Describes them after it ("a photo of a river at night"); not the instruction."""
+    mask: Path | None = None
+    """Image, or folder with one for each frame: white where the edit was allowed to change something."""
+    answer: tuple[Path, ...] = ()
+    """Right answers, where they are known: like AFTER, one for each answer that the instruction has."""
+    kind: Literal["images", "panorama", "video"] | None = None
+    """How images belong together. Default: what they look like; a folder of images of one size is a video."""
+    wrap: bool = False
+    """The panorama is of 360 degrees: also measure the seam at its border."""
+    seam_every: int | None = None
+    """Distance in pixels of the places where crops of a panorama may end. Default: a quarter of its height."""
+    views: int = 24
+    """Novel views to render of a scene."""
+    clip: str = "paper"
+    """CLIP model: `paper` (OpenCLIP ViT-bigG-14, 10 GB), `small` (ViT-B/32, 0.6 GB), a folder or hub id with one in
+    transformers' format, or `none`."""
+    device: str | None = None
+    """Torch device. Default: cuda where there is one, else cpu."""
+    local_files_only: bool = False
+    """Use only models that are already on this machine; never contact the hub."""
+
+    def run(self) -> str:
+        import torch
+
+        from csd_2d.evaluate import Learned, evaluate
+        from csd_2d.report import terminal_table, write_report
+
+        if (self.source_caption is None) != (self.target_caption is None):
+            raise ValueError("--source-caption and --target-caption go together; the other one is missing.")
+        _check_output(self.output / "report.html")
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        subject = self._subject(device)
+        if self.clip != "none":
+            print(f"CLIP: {self.clip} (--clip small takes 0.6 GB, none leaves it out)", file=sys.stderr)
+        networks = Learned(None if self.clip == "none" else self.clip, device, self.local_files_only)
+        evaluation = evaluate(subject, networks, progress="measuring")
+        settings = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        title = self.target_caption or f"{_shown(self.before)} → {_shown(self.after)}"
+        write_report(evaluation, subject, self.output, title, settings | {"device": device})
+        print(terminal_table(evaluation))
+        return str(self.output / "report.html")
+
+    def _subject(self, device: str) -> "Subject":
+        from csd_2d.evaluate import Subject
+        from csd_2d.io.video import read_masks
+
+        captions = (self.source_caption, self.target_caption) if self.source_caption and self.target_caption else None
+        if self.before.suffix == ".yml" or (self.before / "config.yml").is_file():
+            if self.mask is not None or self.answer or self.kind is not None or self.wrap:
+                raise ValueError(
+                    "--mask, --answer, --kind and --wrap are for images; a scene is measured without them."
+                )
+            novel_views = _scene_command("novel-views", "csd eval of a run")
+            return replace(novel_views(self.before, self.after, self.views, device), captions=captions)
+        clips = [_read_images(path) for path in (self.before, self.after, *self.answer)]
+        kind = self.kind or _kind(self.before, clips[0])
+        mask = self.mask
+        if mask is None:
+            masks = None
+        elif len(clips[0].frames) == 1:
+            masks = [read_mask(mask, clips[0].sizes[0])]
+        else:
+            masks = read_masks(mask, clips[0], 0.0)
+        return Subject(
+            kind,
+            *(clip.frames for clip in clips[:2]),
+            captions=captions,
+            masks=masks,
+            answers=[clip.frames for clip in clips[2:]],
+            wrap=self.wrap,
+            seam_every=self.seam_every,
+        )
+
+
+def _shown(path: Path) -> str:
+    """Name an input: of a run the method and the time, which its folders are named after."""
+    run = path.absolute().parent if path.name == "config.yml" else path
+    return f"{run.parent.name} {run.name}" if run != path else path.name
+
+
+def _read_images(path: Path) -> "Clip":
+    from csd_2d.io.video import VIDEO_SUFFIXES, Clip, read_clip
+
+    single = not path.is_dir() and path.suffix.lower() not in VIDEO_SUFFIXES
+    return Clip([read_image(path)]) if single else read_clip(path)
+
+
+def _kind(path: Path, clip: "Clip") -> Literal["images", "panorama", "video"]:
+    """Guess how images belong together."""
+    if len(clip.frames) == 1 and not path.is_dir():
+        height, width = clip.sizes[0]
+        return "panorama" if width >= 2 * height else "images"
+    return "video" if len({*clip.sizes}) == 1 else "images"
+
+
+def _scene_command(name: str, what: str) -> Callable[..., Any]:
+    """Load a function of the scenes' package. They build on this one, which finds them as it would a plug-in.
+
+    Raises:
+        ImportError: without nerfstudio.
+    """
+    if find_spec("nerfstudio") is None:
+        raise ImportError(f'{what} needs nerfstudio: pip install "csd-edit[nerf]".')
+    (command,) = entry_points(group="csd.commands", name=name)
+    return command.load()
+
+
+@dataclass
+class Ablate:
+    """Edit with several variants, over inputs and seeds, and compare them: tables, a trade-off plot, raw rows.
+
+    The same command goes on after an interruption: what is measured already is not measured again.
+
+    Example: csd ablate paper-ablation-tiny --output study
+    """
+
+    study: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STUDY")]
+    """Name of a study in configs/studies, or a .yaml file like those."""
+    output: Path
+    """Folder for table.md, rows.csv, tradeoff.png and pictures/."""
+    data: Path = Path(".")
+    """Folder that the paths of the study's inputs are relative to."""
+    jobs: int = 1
+    """Processes that share the edits out. Each loads the models."""
+    seeds: int | None = None
+    """Number of repetitions. Default: the study's."""
+    clip: str | None = None
+    """CLIP model, see csd eval. Default: the study's."""
+    device: str | None = None
+    """Torch device. Default: cuda where there is one, else cpu."""
+    local_files_only: bool = False
+    """Use only models that are already on this machine; never contact the hub."""
+
+    def run(self) -> str:
+        import torch
+
+        from csd_2d.ablate import load_study, run_study, table
+
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {self.jobs}.")
+        _check_output(self.output / "table.md")
+        given = {name: value for name, value in (("seeds", self.seeds), ("clip", self.clip)) if value is not None}
+        study = replace(load_study(self.study), **given)
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            rows = run_study(study, self.output, self.data, self.jobs, device, self.local_files_only, "editing")
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt("the same command goes on") from error
+        print(table(study, rows))
+        return str(self.output)
 
 
 def _check_image_output(path: Path, source: Path | None = None) -> None:
@@ -420,6 +589,9 @@ Two models to begin with: `--prior tiny` comes with csd, runs on any computer an
 """
 
 
+Command = Panorama | Video | Generate | Demo | Eval | Ablate
+
+
 def _with_port(arguments: Sequence[str]) -> list[str]:
     """Add the port that `--watch` leaves out: options of tyro take a value always."""
     following = [*arguments[1:], "--"]
@@ -430,7 +602,7 @@ def _with_port(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Demo:
+def _parse(arguments: Sequence[str] | None) -> Command:
     arguments = _with_port(sys.argv[1:] if arguments is None else arguments)
     # The preset sets the defaults of other options, so it is looked up before they are parsed.
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -445,12 +617,14 @@ def _parse(arguments: Sequence[str] | None) -> Panorama | Video | Generate | Dem
         Annotated[Panorama, tyro.conf.subcommand("panorama", default=Panorama(todo, todo, options))]
         | Annotated[Video, tyro.conf.subcommand("video", default=Video(todo, todo, options))]
         | Annotated[Generate, tyro.conf.subcommand("generate", default=Generate(todo, generating))]
-        | Annotated[Demo, tyro.conf.subcommand("demo")],
+        | Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Ablate, tyro.conf.subcommand("ablate")],
         prog="csd",
         description=_DESCRIPTION,
         args=arguments,
     )
-    return cast(Panorama | Video | Generate | Demo, command)
+    return cast(Command, command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,12 +17,15 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from csd_2d.evaluate import Learned, Subject, evaluate
 from csd_2d.io.files import replacing
 from csd_2d.io.images import write_image
 from csd_2d.io.video import Clip, Streamed, write_clip
 from csd_2d.metrics.fidelity import change
+from csd_2d.report import write_report
 from csd_nerf.cost import Cost
 from csd_nerf.edit.selection import farthest_points
+from csd_nerf.evaluate import NovelViews, novel_cameras, see, subject_of
 from csd_nerf.source_run import read_checkpoint
 from csd_nerf.views.base import TrainingViews, eval_mode
 
@@ -30,6 +33,8 @@ SHOWN = 8
 """Number of training views whose change is shown and measured, spread over the cameras' positions."""
 STOPS = 6
 """Number of training cameras on the path of the film."""
+MEASURED = 12
+"""Number of novel views that are measured."""
 FILM_WIDTH = 640
 """Largest width of one half of a film, in pixels."""
 
@@ -80,8 +85,8 @@ class Artifacts:
     """Pictures, film and figures of an edit, in the run's folder.
 
     before_after/: the image that conditioned the edit of a view beside the render of the edited scene; turntable.mp4:
-    the scene before and after, side by side; edit.json: prompts, settings and costs; after distill also edited/: the
-    edited scene from the training cameras.
+    the scene before and after, side by side; report.html and report.json: metrics of novel views; edit.json: prompts,
+    settings and costs; after distill also edited/: the edited scene from the training cameras.
 
     Args:
         source: the image that conditions the edit of a view.
@@ -100,21 +105,23 @@ class Artifacts:
         self._pipeline, self._views, self._source = pipeline, views, source
         self._checkpoint, self._load_masks = checkpoint, load_masks
 
-    def write(self, folder: Path, report: dict[str, Any], film_frames: int, all_views: bool) -> None:
+    def write(self, folder: Path, report: dict[str, Any], film_frames: int, measured: bool, all_views: bool) -> None:
         """Write pictures, film and report; the pipeline is unchanged afterwards.
 
         Args:
             report: the content of edit.json; `change`, the cost of this stage and versions are added.
             film_frames: 0 for no film.
+            measured: also write the metrics of novel views.
             all_views: also write renders of the edited scene from each training camera.
         """
         views, cost = self._views, Cost()
         with cost.counted(self._pipeline.device):
             shown = farthest_points(views.positions(), SHOWN)
             cameras = camera_path(views.cameras, film_frames) if film_frames else None
-            after, films = self._seen(shown, cameras)
+            novel = novel_cameras(views.cameras, MEASURED) if measured else None
+            after, films, novel_after = self._seen(shown, cameras, novel)
             with self._before():
-                before, films_before = self._seen(shown, cameras)
+                before, films_before, novel_before = self._seen(shown, cameras, novel)
             for index, picture in zip(shown, after, strict=True):
                 pair = torch.cat([self._source(index), picture], dim=-1)
                 write_image(pair, folder / "before_after" / f"{views.name(index)}.png")
@@ -122,6 +129,8 @@ class Artifacts:
                 write_image(views.render(index), folder / "edited" / f"{views.name(index)}.png")
             if cameras is not None:
                 write_clip(side_by_side([films_before, films]), folder / "turntable.mp4")
+            if novel is not None:
+                self._measure(subject_of(novel_before, novel_after, novel), folder, report)
         masks = None if self._load_masks is None else self._load_masks()
         report["change"] = change(before, after, masks and [masks[index] for index in shown])
         report["costs"]["artifacts"] = cost.rounded()
@@ -129,10 +138,20 @@ class Artifacts:
         with replacing(folder / "edit.json") as temporary:
             temporary.write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
 
-    def _seen(self, shown: list[int], cameras: Cameras | None) -> tuple[list[Tensor], Frames]:
+    def _measure(self, subject: Subject, folder: Path, report: dict[str, Any]) -> None:
+        command = f"csd eval SCENE/config.yml {folder / 'config.yml'} --output DIR"
+        networks = Learned(None, self._pipeline.device, True, f"it is not loaded after a training; {command} does.")
+        settings = {name: report[name] for name in ("prompt", "history", "scene", "steps", "seed", "settings")}
+        write_report(evaluate(subject, networks, "measuring"), subject, folder, report["prompt"], settings)
+
+    def _seen(
+        self, shown: list[int], cameras: Cameras | None, novel: Cameras | None
+    ) -> tuple[list[Tensor], Frames, NovelViews]:
+        model = self._pipeline.model
         with self._views.undisturbed():
-            frames = [] if cameras is None else film(self._pipeline.model, cameras)
-        return [self._views.render(index) for index in shown], frames
+            frames = [] if cameras is None else film(model, cameras)
+            views = NovelViews([], []) if novel is None else see(model, novel, surfaces=True, progress="novel views")
+        return [self._views.render(index) for index in shown], frames, views
 
     @contextmanager
     def _before(self) -> Iterator[None]:

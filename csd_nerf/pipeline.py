@@ -52,6 +52,9 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     add up; else original."""
     film_frames: int = 48
     """Frames of turntable.mp4, which shows the scene before and after, side by side; 0: no film."""
+    report: bool = True
+    """Measure novel views of the scene before and after, and write report.html and report.json: consistency, structure,
+    change. Nothing is downloaded; `csd eval BEFORE AFTER` adds what needs CLIP."""
     prior: str = "ip2p"
     """Diffusion model: 'ip2p' (timbrooks/instruct-pix2pix; the default of csd-edit, whatever is installed), 'tiny'
     (ships with this package; the default of csd-edit-tiny), 'sd' (text-to-image), a folder or hub id with a diffusers
@@ -373,6 +376,7 @@ class CsdEditPipeline(VanillaPipeline):
                 self._run.folder,
                 self._report(self._run),
                 self.config.film_frames,
+                self.config.report,
                 all_views=self.config.mode == "distill",
             )
 

@@ -1,6 +1,6 @@
-"""How consistent images are: over the frames of a video, and across the border of a 360 degree image."""
+"""How consistent images are: frames of a video, views of a scene, crops of a panorama, and any set of images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice, pairwise
 
 import torch
@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from csd_2d.blur import gaussian_blur
 from csd_2d.correspondence.flow import optical_flow, visible, warp
+from csd_2d.metrics.structure import luma
 
 
 def warp_error(
@@ -82,3 +84,127 @@ def flicker(
         pixels += shown
     before, after = (255 * (errors / max(pixels, 1)).sqrt()).tolist()
     return before, after
+
+
+Motion = tuple[Float[Tensor, "2 H W"], Float[Tensor, "1 H W"]]
+"""How far each pixel of an image moved in the next one, in pixels, and whether it is seen there, 1 or 0."""
+
+
+def source_motion(a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> Motion:
+    """Estimate the motion between two unedited frames by optical flow, forwards and backwards.
+
+    Raises:
+        ImportError: as `optical_flow` raises.
+    """
+    forward = optical_flow(a, b)
+    return forward, visible(forward, optical_flow(b, a))
+
+
+def reprojection(
+    points: Float[Tensor, "3 H W"],
+    next_points: Float[Tensor, "3 H W"],
+    next_camera: Float[Tensor, "3 4"],
+    intrinsics: Float[Tensor, "3 3"],
+    tolerance: float = 0.03,
+) -> Motion:
+    """Compute where the surfaces that a view shows lie in the next view, and which of them it shows, too.
+
+    A surface is visible there if it lies in front of that camera, inside of its picture, and no more than `tolerance`
+    of its distance behind the surface that is shown there.
+
+    Args:
+        points: the point of the scene that each pixel shows, in the scene's coordinates.
+        next_points: the same of the next view.
+        next_camera: from that camera's coordinates to the scene's; it looks along -z, y is up (OpenGL, nerfstudio).
+        intrinsics: in pixels; the middle of the first pixel is at 1/2.
+
+    Example:
+        >>> points = torch.stack([torch.tensor([[-1.0, 0.0, 1.0]]), torch.zeros(1, 3), torch.full((1, 3), -2.0)])
+        >>> ahead = torch.eye(3, 4)
+        >>> k = torch.tensor([[2.0, 0, 1.5], [0, 2.0, 0.5], [0, 0, 1]])
+        >>> reprojection(points, points, ahead, k)[0].abs().max().item()
+        0.0
+    """
+    height, width = points.shape[-2:]
+    rotation, position = next_camera[:, :3], next_camera[:, 3]
+    inside = torch.einsum("ji,jhw->ihw", rotation, points - position[:, None, None])
+    depth = -inside[2]
+    x = intrinsics[0, 0] * inside[0] / depth.clamp(min=1e-6) + intrinsics[0, 2] - 0.5
+    y = -intrinsics[1, 1] * inside[1] / depth.clamp(min=1e-6) + intrinsics[1, 2] - 0.5
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    # Far away, the numbers are beyond what can be sampled.
+    flow = torch.stack([x - columns, y - rows]).clamp(-4 * width - 4 * height, 4 * width + 4 * height)
+    distance = (points - position[:, None, None]).norm(dim=0)
+    shown = warp((next_points - position[:, None, None]).norm(dim=0)[None], flow)[0]
+    seen = (depth > 0) & (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
+    seen &= (distance - shown).abs() <= tolerance * distance
+    return flow, seen[None].float()
+
+
+def seam(image: Float[Tensor, "3 H W"], every: int, reach: int = 8) -> float:
+    """Compare the steps across the borders of windows with those near them.
+
+    Mean absolute difference of neighboring pixels across borders, over that of neighboring pixels up to `reach` px from
+    one; rows and columns together. 1: no seam.
+
+    Args:
+        every: distance of borders in pixels: they lie before each multiple of it.
+
+    Raises:
+        ValueError: if the image is too small to have a border.
+
+    Example:
+        >>> ramp = torch.linspace(0, 1, 64).expand(3, 8, 64)
+        >>> round(seam(ramp, 32), 2), round(seam(ramp + 0.1 * (torch.arange(64) >= 32), 32), 1)
+        (1.0, 7.3)
+    """
+    across, near = [], []
+    for dim in (-1, -2):
+        steps = image.diff(dim=dim).abs().movedim(dim, -1).flatten(0, -2).mean(0)
+        borders = torch.tensor(range(every - 1, len(steps), every), dtype=torch.long)
+        if not len(borders):
+            continue
+        distance = (torch.arange(len(steps))[:, None] - borders).abs().amin(1)
+        across.append(steps[borders])
+        near.append(steps[(distance > 0) & (distance <= reach)])
+    if not across or not sum(map(len, near)):
+        raise ValueError(f"an image of {image.shape[-1]}x{image.shape[-2]} px has no borders every {every} px.")
+    return (torch.cat(across).mean() / torch.cat(near).mean().clamp(min=1e-9)).item()
+
+
+GHOST_SIDE = 96
+"""Longest side, in pixels, at which ghosts are looked for."""
+
+
+def ghosting(sources: Sequence[Float[Tensor, "3 _ _"]], edited: Sequence[Float[Tensor, "3 _ _"]]) -> list[float]:
+    """Measure how much of the other images' outlines shows in each edited image.
+
+    The detail (luma without its blur) of an edit is compared with that of each other source, after what both have in
+    common with the image's own source is taken out: the partial correlation, by least squares. Of the other sources
+    the strongest counts. About 0.1 is chance; a ghost of a fifth of another image's contrast makes it 0.2 to 0.5.
+
+    Args:
+        sources, edited: at least 2 of each; the sizes are made alike.
+
+    Returns:
+        One number in [0, 1] for each image.
+    """
+    height, width = sources[0].shape[-2:]
+    scale = min(1.0, GHOST_SIDE / max(height, width))
+    size = (max(8, round(scale * height)), max(8, round(scale * width)))
+
+    def details(images: Sequence[Tensor]) -> Float[Tensor, "n pixels"]:
+        small = [F.interpolate(luma(i)[None], size, mode="bilinear", antialias=True) for i in images]
+        stack = torch.cat(small)
+        fine = stack - gaussian_blur(stack, deviation=3.0, reach=7)
+        return (fine - fine.mean((1, 2, 3), keepdim=True)).flatten(1)
+
+    own, after = details(sources), details(edited)
+    ghosts = []
+    for index in range(len(own)):
+        unit = own[index] / own[index].norm().clamp(min=1e-9)
+        others = torch.cat([own[:index], own[index + 1 :]])
+        others = others - (others @ unit)[:, None] * unit
+        left = after[index] - (after[index] @ unit) * unit
+        ghosts.append(torch.cosine_similarity(others, left[None], dim=1).max().clamp(min=0).item())
+    return ghosts

@@ -66,3 +66,17 @@ def change(before: list[Tensor], after: list[Tensor], masks: list[Tensor] | None
         "outside": round(difference[:, untouched].abs().mean().item(), 4),
         "psnr_outside": round(psnr(new[:, untouched], old[:, untouched]), 2) + 0.0,
     }
+
+
+def error_ghosting(errors: Float[Tensor, "n 3 H W"], changes: Float[Tensor, "n 3 H W"]) -> float:
+    """Correlate each image's error with the mean change of the others, without mean colors; the mean over images.
+
+    Errors with the shapes of other images' changes were mixed in from there.
+
+    Args:
+        errors: edited images less their known answers.
+        changes: edited images less their sources; at least 2.
+    """
+    others = (changes.sum(0) - changes) / (len(changes) - 1)
+    a, b = ((values - values.mean((2, 3), keepdim=True)).flatten(1) for values in (errors, others))
+    return torch.cosine_similarity(a, b, dim=1).mean().item()

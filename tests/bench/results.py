@@ -1,27 +1,10 @@
-"""What benchmarks share: results that are kept row by row, and a prior that counts."""
+"""What benchmarks share: results that are kept row by row."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from csd_2d.io.files import replacing
-from csd_2d.prior import Prior
-
-
-class CountingPrior:
-    """Counts the rows a prior estimates the noise of; everything else is the prior's own."""
-
-    def __init__(self, prior: Prior) -> None:
-        self._prior, self.rows = prior, 0
-
-    def noise_estimate(self, x_t: Tensor, *args: Any) -> Tensor:
-        self.rows += len(x_t)
-        return self._prior.noise_estimate(x_t, *args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._prior, name)
 
 
 class Results:

@@ -41,6 +41,7 @@ from nerfstudio.pipelines.base_pipeline import Pipeline
 from torch import Tensor
 
 from csd_2d import EditConfig, load_preset
+from csd_2d.ablate import CountingPrior
 from csd_2d.closed_form import known_answers, normalized
 from csd_2d.io.images import read_image, write_image
 from csd_2d.metrics.fidelity import agreement, psnr
@@ -50,7 +51,7 @@ from csd_nerf.edit.distill import BATCH
 from csd_nerf.edit.selection import Selection
 from csd_nerf.methods import csd_edit_tiny
 from csd_nerf.procedural_scene import write_scene
-from tests.bench.results import CountingPrior, Results
+from tests.bench.results import Results
 
 PROMPTS = ("paint it blue", "paint it a new color")
 MEASURES = ("psnr", "color_psnr", "gray_psnr", "agreement", "agreement_training")

@@ -54,7 +54,7 @@ def test_presets_set_defaults_and_options_override_them(picture, capsys):
     assert night_error(read_image(picture / "out.png"), read_image(picture / "in.png")) < 0.01
 
 
-@pytest.mark.parametrize("command", [[], ["panorama"], ["video"], ["generate"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["panorama"], ["video"], ["generate"], ["demo"], ["eval"], ["ablate"]])
 def test_help_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])
@@ -64,7 +64,7 @@ def test_help_explains_itself(command, capsys):
 
 
 def errors(folder):
-    picture, out = str(folder / "in.png"), str(folder / "out.png")
+    picture, out, report = (str(folder / name) for name in ("in.png", "out.png", "report"))
     return {
         "no such image": ["panorama", str(folder / "none.png"), out, *NIGHT],
         "cannot be read as an image": ["panorama", str(folder / "in.mp4"), out, *NIGHT],
@@ -89,6 +89,11 @@ def errors(folder):
         "feather must be from 0": ["panorama", picture, out, *NIGHT, "--mask", picture, "--feather", "nan"],
         "takes no source prompt": ["panorama", picture, out, *NIGHT, "--source-prompt", "a river"],
         "device 'tpu9' cannot be used": ["panorama", picture, out, *NIGHT, "--device", "tpu9"],
+        "the other one is missing": ["eval", picture, picture, "--output", report, "--source-caption", "a river"],
+        "as many edited images as images": ["eval", str(folder / "in.mp4"), picture, "--output", report],
+        "no such video or folder: ": ["eval", str(folder / "none.mp4"), picture, "--output", report],
+        "unknown study 'nope'": ["ablate", "nope", "--output", report],
+        "jobs must be at least 1": ["ablate", "known-answers-tiny", "--output", report, "--jobs", "0"],
     }
 
 

@@ -1,0 +1,226 @@
+"""Metrics by learned networks: CLIP, LPIPS and style. The formulas are plain functions of embeddings.
+
+Networks come from a hub or a local folder. Where one cannot be had, loading it raises, and says why.
+"""
+
+import math
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+CLIP_MODELS = {
+    "paper": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    "small": "openai/clip-vit-base-patch32",
+}
+"""Names for CLIP models: the OpenCLIP ViT-bigG-14 of the paper (10 GB), and one of 0.6 GB."""
+_MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of RGB, as OpenAI trained CLIP; OpenCLIP's models take the same."""
+
+
+def clip_directional(
+    source: Float[Tensor, "n d"],
+    edited: Float[Tensor, "n d"],
+    source_caption: Float[Tensor, " d"],
+    target_caption: Float[Tensor, " d"],
+) -> Float[Tensor, " n"]:
+    """Compute how much images change as captions do: cos(E(edited) - E(source), E(target) - E(source caption)).
+
+    Gal et al., StyleGAN-NADA, arXiv 2108.00946, eq. 2. Captions describe the images; instructions do not.
+
+    Args:
+        source, edited, source_caption, target_caption: unit vectors of `Clip`.
+    """
+    return torch.cosine_similarity(edited - source, (target_caption - source_caption)[None], dim=-1)
+
+
+def similarity(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """Compute the cosine of embeddings, pair by pair."""
+    return torch.cosine_similarity(a, b, dim=-1)
+
+
+def consistency(embeddings: Float[Tensor, "n d"]) -> Float[Tensor, " n-1"]:
+    """Compute the cosine of each frame's or novel view's embedding and the next one's."""
+    return similarity(embeddings[:-1], embeddings[1:])
+
+
+def direction_consistency(source: Float[Tensor, "n d"], edited: Float[Tensor, "n d"]) -> Float[Tensor, " n-1"]:
+    """Compute how alike consecutive frames were changed: the cosine of E(edited) - E(source) of both.
+
+    Haque et al., Instruct-NeRF2NeRF, arXiv 2303.12789, section 4.
+    """
+    return consistency(edited - source)
+
+
+class Clip:
+    """A CLIP model in transformers' format.
+
+    Args:
+        name: one of `CLIP_MODELS`, a folder, or a hub id.
+        local_files_only: use only models that are on this machine.
+
+    Raises:
+        OSError: if there is no such model here, or it cannot be downloaded.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu", local_files_only: bool = False) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        place = CLIP_MODELS.get(name, name)
+        options: dict[str, Any] = {"local_files_only": local_files_only or Path(place).is_dir()}
+        half = torch.device(device).type == "cuda"
+        model = CLIPModel.from_pretrained(place, dtype=torch.float16 if half else torch.float32, **options)
+        self._model: Any = model.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+        self._tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        self._device = device
+        self.size: int = self._model.config.vision_config.image_size
+
+    @torch.no_grad()
+    def image(self, image: Float[Tensor, "3 H W"]) -> Float[Tensor, " d"]:
+        """Embed an image, RGB in [0, 1], as a unit vector.
+
+        Resized and cropped in the middle, as CLIP was trained. Of a picture wider than two squares, a panorama, that
+        would leave most out: there it is the direction of the mean over squares that cover it.
+        """
+        squares = _squares(image, self.size)
+        pixels = (squares - squares.new_tensor(_MEAN)[:, None, None]) / squares.new_tensor(_DEVIATION)[:, None, None]
+        hidden = self._model.vision_model(pixel_values=pixels.to(self._device, self._model.dtype)).pooler_output
+        embeddings = F.normalize(self._model.visual_projection(hidden).float().cpu(), dim=-1)
+        return F.normalize(embeddings.mean(0), dim=-1)
+
+    @torch.no_grad()
+    def text(self, text: str) -> Float[Tensor, " d"]:
+        """Embed a caption as a unit vector; what is longer than the model takes is cut off."""
+        tokens = self._tokenizer(text, truncation=True, return_tensors="pt").to(self._device)
+        hidden = self._model.text_model(**tokens).pooler_output
+        return F.normalize(self._model.text_projection(hidden)[0].float().cpu(), dim=-1)
+
+
+def _squares(image: Float[Tensor, "3 H W"], side: int) -> Float[Tensor, "n 3 side side"]:
+    height, width = image.shape[-2:]
+    scale = side / min(height, width)
+    size = (max(side, round(scale * height)), max(side, round(scale * width)))
+    resized = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    longest = max(size)
+    count = 1 if longest <= 2 * side else math.ceil(longest / side)
+    starts = [(longest - side) // 2] if count == 1 else torch.linspace(0, longest - side, count).round().int().tolist()
+    dim = -2 if size[0] > size[1] else -1
+    return torch.stack([resized.narrow(dim, start, side) for start in starts])
+
+
+def windows_across(image: Float[Tensor, "3 H W"]) -> Float[Tensor, "n 3 s s"]:
+    """Cut a panorama into squares side by side; what is left at the end is left out."""
+    side = min(image.shape[-2:])
+    dim = -1 if image.shape[-1] >= image.shape[-2] else -2
+    return torch.stack([image.narrow(dim, i * side, side) for i in range(image.shape[dim] // side)])
+
+
+class Lpips:
+    """LPIPS (Zhang et al., arXiv 1801.03924) on AlexNet, by torchmetrics.
+
+    Args:
+        local_files_only: use weights only if they lie in torch.hub's cache.
+
+    Raises:
+        ImportError: without torchmetrics or torchvision.
+        OSError: without AlexNet's weights.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu", local_files_only: bool = False) -> None:
+        try:
+            from torchvision.models import AlexNet_Weights
+        except ImportError as error:
+            raise ImportError('LPIPS needs torchvision: pip install "csd-edit[metrics]".') from error
+        _fetch(AlexNet_Weights.IMAGENET1K_V1, local_files_only)
+        try:  # after the weights, for it takes seconds to import
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        except ImportError as error:
+            raise ImportError('LPIPS needs torchmetrics: pip install "csd-edit[metrics]".') from error
+        network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        self._network, self._device = network.eval().requires_grad_(False).to(device), device
+
+    @torch.no_grad()
+    def __call__(self, a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> float:
+        """Compute the distance of two images, RGB in [0, 1], each side at least 64 px; smaller ones are enlarged."""
+        pair = torch.stack([a, b])
+        scale = 64 / min(a.shape[-2:])
+        if scale > 1:  # AlexNet leaves nothing of smaller ones
+            pair = F.interpolate(pair, scale_factor=scale, mode="bilinear").clamp(0, 1)
+        return self._network(*pair.clamp(0, 1)[:, None].to(self._device)).item()
+
+
+class Style:
+    """Gram matrices of VGG-19's first layers (Gatys et al., CVPR 2016), from torchvision.
+
+    Args, Raises: as `Lpips`, of VGG-19.
+    """
+
+    LAYERS = (1, 6, 11, 20, 29)
+    """relu1_1 to relu5_1."""
+
+    def __init__(self, device: str | torch.device = "cpu", local_files_only: bool = False) -> None:
+        try:
+            from torchvision.models import VGG19_Weights, vgg19
+        except ImportError as error:
+            raise ImportError('the style metric needs torchvision: pip install "csd-edit[metrics]".') from error
+        _fetch(VGG19_Weights.IMAGENET1K_V1, local_files_only)
+        network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1)
+        self._layers = (
+            nn.Sequential(*list(network.features.children())[: self.LAYERS[-1] + 1])
+            .eval()
+            .requires_grad_(False)
+            .to(device)
+        )
+        self._device = device
+
+    @torch.no_grad()
+    def grams(self, image: Float[Tensor, "3 H W"]) -> list[Float[Tensor, "c c"]]:
+        """Compute the Gram matrix of each layer, over the number of its numbers."""
+        mean, deviation = image.new_tensor([0.485, 0.456, 0.406]), image.new_tensor([0.229, 0.224, 0.225])
+        values = ((image - mean[:, None, None]) / deviation[:, None, None])[None].to(self._device)
+        found = []
+        for index, layer in enumerate(self._layers):
+            values = layer(values)
+            if index in self.LAYERS:
+                flat = values[0].flatten(1)
+                found.append((flat @ flat.T / flat.numel()).cpu())
+        return found
+
+
+def intra_style(grams: list[list[Float[Tensor, "c c"]]]) -> float:
+    """Compute how much the styles of a panorama's windows differ.
+
+    The mean over all pairs of the sum over layers of the mean squared difference of Gram matrices (Lee et al.,
+    SyncDiffusion, arXiv 2306.05178, Intra-Style-L).
+
+    Args:
+        grams: of each window, see `Style`; at least 2.
+    """
+    pairs = list(combinations(grams, 2))
+    return sum(float((a - b).square().mean()) for one, other in pairs for a, b in zip(one, other, strict=True)) / len(
+        pairs
+    )
+
+
+def intra_lpips(windows: Float[Tensor, "n 3 s s"], distance: Any) -> float:
+    """Compute the mean LPIPS of all pairs of a panorama's windows (Intra-LPIPS; SyncDiffusion, see `intra_style`)."""
+    pairs = list(combinations(windows, 2))
+    return sum(distance(a, b) for a, b in pairs) / len(pairs)
+
+
+def _fetch(weights: Any, local_files_only: bool) -> None:
+    """Download torchvision's weights to torch.hub's cache, unless they are there. OSError if they cannot be had."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if path.is_file():
+        return
+    if local_files_only:
+        raise OSError(f"{path.name} is not in torch.hub's cache, and nothing is downloaded.")
+    try:
+        weights.get_state_dict(progress=True)
+    except URLError as error:
+        raise OSError(f"{path.name} is not in torch.hub's cache, and could not be downloaded.") from error
