@@ -171,7 +171,10 @@ class Style:
         _fetch(VGG19_Weights.IMAGENET1K_V1, local_files_only)
         network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1)
         self._layers = (
-            nn.Sequential(*list(network.features)[: self.LAYERS[-1] + 1]).eval().requires_grad_(False).to(device)
+            nn.Sequential(*list(network.features.children())[: self.LAYERS[-1] + 1])
+            .eval()
+            .requires_grad_(False)
+            .to(device)
         )
         self._device = device
 
