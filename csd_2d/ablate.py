@@ -117,6 +117,11 @@ class Study:
                 raise ValueError(f"variant {name}: the editor {variant.editor} is for images with known answers.")
             for values in product(*self.grid.values()):
                 variant_config(variant, dict(zip(self.grid, values, strict=True)), 0)  # raises
+        if self.kind == "known":
+            from csd_2d.tiny.tasks import check_task
+
+            for one in self.inputs:
+                check_task(one.known or "")
 
 
 def study_names() -> list[str]:

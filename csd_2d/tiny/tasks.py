@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from csd_2d.closed_form import known_answers
+from csd_2d.closed_form import EDITS, known_answers
 from csd_2d.correspondence.flow import FrameFlows
 from csd_2d.correspondence.surface import SurfaceCorrespondence
 from csd_2d.metrics.fidelity import decibels, error_ghosting
@@ -55,18 +55,23 @@ class Task:
 
 
 def load_task(name: str, seed: int, count: int) -> Task:
-    """Draw the images of a task, such as "scenes: make it night", and their answers.
-
-    Raises:
-        ValueError: for another kind of images, or an instruction without a known answer.
-    """
-    kinds = {"scenes": _scenes, "views": _views, "video": _video, "textures": _textures}
+    """Draw the images of a task, such as "scenes: make it night", and their answers. Raises as `check_task`."""
+    check_task(name)
     kind, _, prompt = name.partition(": ")
-    if kind not in kinds:
-        raise ValueError(f"unknown task '{name}'; expected KIND: INSTRUCTION with a kind of {', '.join(kinds)}.")
-    if kind != "textures" and prompt not in INSTRUCTIONS:
-        raise ValueError(f"unknown instruction '{prompt}'; expected one of {', '.join(INSTRUCTIONS)}.")
-    return kinds[kind](prompt, seed, count)
+    return {"scenes": _scenes, "views": _views, "video": _video, "textures": _textures}[kind](prompt, seed, count)
+
+
+KINDS = ("scenes", "views", "video", "textures")
+
+
+def check_task(name: str) -> None:
+    """Check the name of a task. ValueError for another kind of images, or an instruction without a known answer."""
+    kind, _, prompt = name.partition(": ")
+    if kind not in KINDS:
+        raise ValueError(f"unknown task '{name}'; expected KIND: INSTRUCTION with a kind of {', '.join(KINDS)}.")
+    instructions = EDITS if kind == "textures" else INSTRUCTIONS
+    if prompt not in instructions:
+        raise ValueError(f"unknown instruction '{prompt}'; expected one of {', '.join(instructions)}.")
 
 
 def _drawn(prompt: str, seed: int, count: int, size: int) -> tuple[Tensor, list[Tensor]]:

@@ -148,13 +148,12 @@ def test_what_is_wrong_with_a_study(text, message, tmp_path):
         load_study(path)
 
 
-def test_unknown_studies_and_tasks(tmp_path):
+def test_unknown_studies_and_tasks():
     with pytest.raises(ValueError, match="unknown study 'nope'; expected known-answers"):
         load_study("nope")
     for known, message in (("trees: make it night", "kind of scenes"), ("scenes: make it fly", "expected one of")):
-        study = Study("known", [Input(known=known)], {"a": Variant()}, seeds=1)
         with pytest.raises(ValueError, match=message):
-            run_study(study, tmp_path)
+            Study("known", [Input(known=known)], {"a": Variant()})
 
 
 def test_a_row_without_a_metric_leaves_its_cell_empty():
@@ -162,7 +161,12 @@ def test_a_row_without_a_metric_leaves_its_cell_empty():
         {"input": "x", "variant": "a", "seed": 0, "seconds": 1.0, "figures": {"psnr": 20.0}, "missing": {}},
         {"input": "x", "variant": "b", "seed": 0, "seconds": 1.0, "figures": {}, "missing": {"psnr": "no answer."}},
     ]
-    study = Study("known", [Input(known="x")], {"a": Variant(), "b": Variant(edit=vars(EditConfig()))}, seeds=1)
+    study = Study(
+        "known",
+        [Input(known="scenes: make it night")],
+        {"a": Variant(), "b": Variant(edit=vars(EditConfig()))},
+        seeds=1,
+    )
     lines = table(study, rows).splitlines()
     assert "| a | 20 ± 0 | 1.0 |" in lines and "| b |  | 1.0 |" in lines
     assert "* psnr is not available: no answer." in lines
