@@ -71,7 +71,7 @@ class SurfaceCorrespondence:
         corners = torch.tensor(list(product((0, 1), repeat=3)))
         whole = scaled.floor()
         near = (1 - (scaled - whole - corners).abs()).prod(-1).clamp(min=0)
-        view = torch.where(shown[..., None], rays / distance[..., None], 0).reshape(-1, 1, 3)
+        view = torch.where(shown[..., None], rays / distance.clamp(min=1e-12)[..., None], 0).reshape(-1, 1, 3)
         self._views = len(points)
         self._shares: Float[Tensor, "cells 24"] = (near[..., None] * view.square()).flatten(1).float()
         # Cubes by number, each for six directions, and the parts of cubes that belong to one view each.

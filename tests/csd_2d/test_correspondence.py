@@ -274,6 +274,12 @@ def test_nothing_in_sight_is_left_alone():
     assert torch.equal(seen_from_above(*nothing)([0, 1])(values), values)
 
 
+def test_a_surface_in_the_camera_itself_is_left_alone():
+    at_the_camera = torch.tensor([16.0, 16.0, 100.0])[:, None, None].expand(3, 32, 32)
+    values = torch.randn(2, 1, 32, 32)
+    assert torch.equal(seen_from_above(at_the_camera, at_the_camera)([0, 1])(values), values)
+
+
 def test_both_sides_of_a_thin_wall_stay_apart():
     above_and_below = torch.tensor([[16.0, 16.0, 100.0], [16.0, 16.0, -100.0]])
     values = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 1, 32, 32)
