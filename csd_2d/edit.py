@@ -106,6 +106,11 @@ class Edit(EditLoss):
         self._scheduler.load_state_dict(state["scheduler"])
 
 
+def _should_end(hook: Callable[[Any], object] | None, argument: Any) -> bool:
+    """Ask a hook whether the edit should end; any process may say so."""
+    return hook is not None and any(ranks.gather_numbers(bool(hook(argument))))
+
+
 def _take_step(
     run: Edit,
     state: ProgressFile | None,
@@ -113,12 +118,12 @@ def _take_step(
     on_step: Callable[[Step], object] | None,
 ) -> bool:
     """Take one step and report it; returns whether the edit should end. The step is not kept: it may be large."""
-    if before_step is not None and any(ranks.gather_numbers(bool(before_step(run)))):
+    if _should_end(before_step, run):
         return True
     step = run.step()
     if state is not None:
         state.step_done()
-    return on_step is not None and any(ranks.gather_numbers(bool(on_step(step))))
+    return _should_end(on_step, step)
 
 
 def edit(
@@ -155,7 +160,8 @@ def edit(
     state = None if resume is None else ProgressFile(Path(resume), run)
     silent = progress is None or ranks.rank() > 0
     with tqdm(desc=progress, disable=silent, unit="step", initial=run.index, total=run.steps) as bar:
-        interrupted = False
+        # An edit that was interrupted, and whose process was killed later, may have a state beyond that point.
+        interrupted = run.done and _should_end(before_step, run)
         while not (run.done or interrupted):
             interrupted = _take_step(run, state, before_step, on_step)
             bar.update(run.index - bar.n)
