@@ -17,7 +17,7 @@ OPTIONS = [
     "--use-angle=swiftshader",
     "--disable-background-networking",
 ]
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 @contextmanager

@@ -309,7 +309,7 @@ def test_renders_have_neither_the_crop_nor_the_background_of_a_viewer(pipeline):
     for background in (torch.ones(3), views._background):
         model.set_crop(None)
         model.set_background(background.to(model.device))
-        films.append(artifacts._seen([], views.cameras[2:3])[1][0])
+        films.append(artifacts._seen([], views.cameras[2:3], None)[1][0])
     assert torch.equal(*films)
 
 

@@ -164,6 +164,8 @@ def look_and_steer(visitor: Visitor) -> None:
         page.get_by_text("Show", exact=True).locator("xpath=following::input[1]").click()
         page.get_by_role("option", name="original | edited").click()
         until(lambda: pipeline.model._compared is not None, "the original scene beside the edited one")
+        page.get_by_text("Show", exact=True).locator("xpath=following::input[1]").click()
+        page.get_by_role("option", name="edited", exact=True).click()  # two scenes take long to render on a CPU
 
         visitor.tab("Edit")
         visitor.click("Reset scene")
