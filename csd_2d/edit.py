@@ -66,7 +66,8 @@ class Edit(EditLoss):
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        self._scheduler.step()
+        if self._schedule.ends_pass(step.index):
+            self._scheduler.step()
         self._check_finite(step)
         return step
 

@@ -155,9 +155,11 @@ class ColorConsensus:
     def __call__(
         self, scores: Float[Tensor, "n c h w"], noised: NoisedParticles
     ) -> tuple[Float[Tensor, "n c h w"], KernelMatrix]:
-        source = noised.source
+        # Half precision overflows in sums over cells, and torch solves no equations in it.
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        source = noised.source.to(dtype)
         colors = torch.cat([source, torch.ones_like(source[:, :1])], 1).flatten(2).mT
-        aims = (scores + change_so_far(noised)).flatten(2).mT
+        aims = (scores + change_so_far(noised)).to(dtype).flatten(2).mT
         moments, products = colors.mT @ colors, colors.mT @ aims
         # Gray images, or those of one color, do not determine a map, not even all together.
         average = moments.mean(0) + 1e-3 * colors.shape[1] * torch.eye(colors.shape[-1]).to(moments)
@@ -168,8 +170,8 @@ class ColorConsensus:
         explained = (colors @ own).square().sum((1, 2)) / aims.square().sum((1, 2)).clamp(min=1e-12)
         follows = (alike[:, leader] < self.alike) & (explained.median() > self.explained)
         follows[leader] = False
-        shift = (colors @ (passed_on - own)).mT.view_as(scores)
-        gram = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
+        shift = (colors @ (passed_on - own)).mT.view_as(scores).to(scores.dtype)
+        gram = torch.eye(len(scores), dtype=dtype, device=scores.device)
         gram[follows] = gram[leader].clone()
         direction = torch.where(follows[:, None, None, None], scores + shift, scores)
         return direction, KernelMatrix(gram, torch.zeros_like(gram))

@@ -94,6 +94,10 @@ class Schedule:
         self.batches = Batches(rounds, 0 if size >= longest else size, generator)
         self._rules = (mixing, mixing) if mixing is not None else _rules(config, layout)
 
+    def ends_pass(self, index: int) -> bool:
+        """Tell whether a step is the last of the parts that one of the configuration's steps is taken in."""
+        return (index + 1) % self._parts == 0
+
     def _level(self, index: int) -> float | None:
         """Compute the timestep of a step, as a share of the noise schedule; None: it is drawn."""
         config = self._config

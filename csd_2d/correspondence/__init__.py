@@ -16,8 +16,8 @@ class Correspondence(Protocol):
         """Return the mean at each place. Where only one particle shows a place its value stays as it is.
 
         Args:
-            ranks: of the particles, from 0; at each place the lowest rank that shows it decides. Default: all count
-                alike.
+            ranks: of the particles, from 0, each another; at each place the lowest rank that shows it decides. Default:
+                all count alike.
         """
         ...
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from csd_2d.correspondence import Correspondence, precedence
+from csd_2d.correspondence import Correspondence
 from csd_2d.latents import TensorFile
 
 Pair = tuple[int, int]
@@ -270,15 +270,15 @@ class FrameFlows:
         rows = {index: row for row, index in enumerate(indices)}
 
         def averaged(values: Float[Tensor, "n c h w"], ranks: Int[Tensor, " n"] | None = None) -> Tensor:
-            ranks = torch.zeros(len(rows), dtype=torch.long) if ranks is None else ranks
-            means = torch.stack([self._mean(values, ranks, rows, index) for index in indices])
+            order = None if ranks is None else ranks.tolist()
+            means = torch.stack([self._mean(values, order, rows, index) for index in indices])
             self._file.release()
             return means
 
         return averaged
 
     def _mean(
-        self, values: Float[Tensor, "n c h w"], ranks: Int[Tensor, " n"], rows: dict[int, int], receiver: int
+        self, values: Float[Tensor, "n c h w"], ranks: list[int] | None, rows: dict[int, int], receiver: int
     ) -> Float[Tensor, "c h w"]:
         """Average the values that all frames have in one frame's places.
 
@@ -286,12 +286,28 @@ class FrameFlows:
             rows: of the frames in `values`.
             receiver: number of the frame.
         """
-        total = values[rows[receiver]].clone()
-        weight = torch.ones_like(total[:1])
+        own = values[rows[receiver]]
+        if ranks is None:
+            total, weight = own.clone(), torch.ones_like(own[:1])
+            for _, value, seen in self._seen(values, rows, receiver):
+                total += seen * value
+                weight += seen
+            return total / weight
+        # One behind the other, from the lowest rank to its own: what a place shows surely hides the values behind. Were
+        # these weights of a mean, those of far lower ranks would count however unsure it is that they show the place.
+        total, open_share = torch.zeros_like(own), torch.ones_like(own[:1])
+        before = ((ranks[row], value, seen) for row, value, seen in self._seen(values, rows, receiver))
+        for rank, value, seen in sorted(before, key=lambda one: one[0]):
+            if rank < ranks[rows[receiver]]:
+                total += open_share * seen * value
+                open_share = open_share * (1 - seen)
+        return total + open_share * own
+
+    def _seen(
+        self, values: Float[Tensor, "n c h w"], rows: dict[int, int], receiver: int
+    ) -> Iterator[tuple[int, Float[Tensor, "c h w"], Float[Tensor, "1 h w"]]]:
+        """Find each other frame's row, its values in the receiver's places, and how surely it shows these."""
         for sender in (receiver + sign * offset for offset in self.OFFSETS for sign in (-1, 1)):
             if sender in rows and (known := self.between(receiver, sender)) is not None:
                 flow, seen = (part.to(values) for part in known)
-                seen = seen * precedence(ranks[rows[sender]], ranks[rows[receiver]]).to(values)
-                total += seen * warp(values[rows[sender]], flow)
-                weight += seen
-        return total / weight
+                yield rows[sender], warp(values[rows[sender]], flow), seen

@@ -1,5 +1,7 @@
 """Particles that share their change of colors: against slow loops, and with masks on the learned model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -115,7 +117,35 @@ def test_each_prompt_has_a_consensus_of_its_own():
     rule = per_prompt(ColorConsensus(), lambda indices: table[indices][..., None, None])
     direction, kernel = rule(scores, noised(source, torch.zeros_like(source)))
     assert [torch.equal(*pair) for pair in zip(direction, scores, strict=True)] == [True, True, False, True, True]
-    assert kernel.gram[2, 2] == 0 and kernel.gram[2, :2].sum() == 1 and torch.equal(kernel.gram[3:], torch.eye(5)[3:])
+    assert (
+        kernel is not None
+        and kernel.gram[2, 2] == 0
+        and kernel.gram[2, :2].sum() == 1
+        and torch.equal(kernel.gram[3:], torch.eye(5)[3:])
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_changes_nothing_but_the_last_digits(dtype):
+    source, scores, _ = turned([1.0, 1.2, -1.0, 0.9], detail=0.1)
+    source, scores = 30 * source.to(dtype), scores.to(dtype)  # sums over cells beyond the range of half precision
+
+    class Particles(LatentStack):
+        def __init__(self, dtype):
+            super().__init__(source)
+            self.dtype = dtype
+
+        def source(self, indices):
+            return super().source(indices).to(self.dtype)
+
+    def mixed(dtype):
+        known = noised(source, torch.zeros_like(source))
+        known = replace(known, particles=Particles(dtype), x_0=source.to(dtype))
+        return ColorConsensus()(scores.to(dtype), known)
+
+    (half, kernel), (whole, expected) = mixed(dtype), mixed(torch.float32)
+    assert half.dtype == dtype and torch.equal(kernel.gram, expected.gram) and kernel.gram[2, 2] == 0
+    torch.testing.assert_close(half.float(), whole, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("picture", ["gray", "flat"])

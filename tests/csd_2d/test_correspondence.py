@@ -1,11 +1,14 @@
 """Places that show the same thing move alike: frames by optical flow, views by their surfaces."""
 
 import math
+from collections import defaultdict
+from itertools import product
 
 import pytest
 import torch
 
 from csd_2d import EditConfig, LatentStack, Layout
+from csd_2d.correspondence import surface
 from csd_2d.correspondence.flow import FrameFlows, warp
 from csd_2d.correspondence.surface import SurfaceCorrespondence
 from csd_2d.csd import NoisedParticles
@@ -26,10 +29,16 @@ def moving_frames(count: int, step: int, size: int = 48, cell: int = 1):
     return [wide[:, :, k * step * cell : (k * step + size) * cell] for k in range(count)]
 
 
+def known_flow(flows: FrameFlows, a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    known = flows.between(a, b)
+    assert known is not None
+    return known
+
+
 @pytest.mark.parametrize("cell", [1, 4])
 def test_frames_follow_a_known_shift_in_latent_cells(cell):
     flows = FrameFlows(moving_frames(3, 2, cell=cell), cell)
-    flow, valid = flows.between(0, 2)
+    flow, valid = known_flow(flows, 0, 2)
     assert flow.shape == (2, 48, 48)
     inner = flow[:, 6:-6, 8:-6].flatten(1)
     torch.testing.assert_close(inner.median(1).values, torch.tensor([-4.0, 0.0]), atol=0.3, rtol=0)
@@ -55,7 +64,7 @@ def test_means_over_frames_are_the_slow_loop():
             if abs(here - there) not in (1, 2, 4, 8):
                 assert flows.between(here, there) is None
                 continue
-            flow, seen = flows.between(here, there)
+            flow, seen = known_flow(flows, here, there)
             total, weight = total + seen * warp(values[other], flow), weight + seen
         torch.testing.assert_close(mean[row], total / weight)
 
@@ -79,7 +88,9 @@ def test_frames_are_read_once_and_few_are_in_memory_and_pairs_may_be_shared_out(
     assert alive == [14] and len(known) == asked[0]
     assert {b - a for a, b in known} == {1, 2, 4, 8}
     for pair in [(0, 2), (2, 0), (13, 5)]:
-        assert all(torch.equal(*parts) for parts in zip(shared.between(*pair), alone.between(*pair), strict=True))
+        assert all(
+            torch.equal(*parts) for parts in zip(known_flow(shared, *pair), known_flow(alone, *pair), strict=True)
+        )
 
 
 def test_what_a_moving_object_leaves_behind_keeps_its_own_values():
@@ -123,6 +134,36 @@ def test_ranks_decide_who_is_followed():
     torch.testing.assert_close(followed[0, :, :, :3], values[0, :, :, :3])  # seen by the first view alone
 
 
+def test_the_surest_of_the_lowest_ranks_is_followed_as_a_slow_loop_says():
+    """However many frames there are, and however far apart their ranks."""
+    flows, values = FrameFlows(moving_frames(5, 1), 1), torch.randn(5, 2, 48, 48)
+    ranks = [70, 3, 40, 71, 0]
+    followed = flows.correspondence(range(5))(values, torch.tensor(ranks))
+    for row in range(5):
+        expected, hidden = torch.zeros(2, 48, 48), torch.zeros(1, 48, 48)
+        for other in sorted(range(5), key=ranks.__getitem__):
+            if other == row:
+                expected += (1 - hidden) * values[row]
+                break
+            if flows.between(row, other) is not None:
+                flow, seen = known_flow(flows, row, other)
+                expected += (1 - hidden) * seen * warp(values[other], flow)
+                hidden += (1 - hidden) * seen
+        torch.testing.assert_close(followed[row], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_of_a_leader_appears_beyond_a_cut(dtype):
+    """Frames that have nothing in common: what flow finds there is unsure, and is not believed."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = 0.5 * torch.rand(8, 3, 16, 16, generator=generator) + 0.25
+    frames = torch.nn.functional.interpolate(coarse, (128, 128), mode="bicubic", align_corners=False)
+    values = torch.arange(8.0, dtype=dtype)[:, None, None, None].expand(8, 1, 64, 64)
+    followed = FrameFlows(frames, 2).correspondence(range(8))(values, torch.arange(8))
+    assert followed.dtype == dtype
+    assert ((followed - values).abs() > 0.5).float().mean() < 0.1
+
+
 def test_a_single_frame_has_nothing_to_follow():
     value = torch.randn(1, 2, 48, 48)
     assert torch.equal(FrameFlows(moving_frames(1, 2), 1).correspondence([0])(value), value)
@@ -148,8 +189,7 @@ class Watched:
 
 def test_places_are_matched_in_every_step_unless_it_is_switched_off():
     assert Watched().asked == [[0, 1, 2, 3]] * 10
-    for settings in ({"correspondence": False}, {"mixing": "none"}, {"mixing": "svgd"}):
-        assert Watched(**settings).asked == []
+    assert Watched(correspondence=False).asked == Watched(mixing="none").asked == Watched(mixing="svgd").asked == []
     assert Watched(known=False).asked == []
 
 
@@ -201,6 +241,59 @@ def seen_from_above(*points: torch.Tensor, colors: torch.Tensor | None = None, h
     stacked = torch.stack(points)
     colors = torch.full_like(stacked, 0.5) if colors is None else colors
     return SurfaceCorrespondence(stacked, colors, torch.tensor([16.0, 16.0, height]).expand(len(stacked), 3))
+
+
+def slow_surface_means(points, colors, positions, rows, values, ranks=None):
+    """Match views cell by cell, corner by corner of the cubes, direction by direction."""
+    points = points.double().movedim(1, -1)
+    rays = points - positions[:, None, None].double()
+    shown = rays.norm(dim=-1) < 1e9
+    places, side = surface._places(points.where(shown[..., None], 0), rays.norm(dim=-1), shown, 3.0)
+    cubes = defaultdict(lambda: [[] for _ in rows])  # of each row: share, value, color
+    for row, view in enumerate(rows):
+        for y, x in shown[view].nonzero().tolist():
+            scaled = (places[view, y, x] / side).tolist()
+            ray = torch.nn.functional.normalize(rays[view, y, x], dim=0).tolist()
+            for corner in product((0, 1), repeat=3):
+                cube = tuple(math.floor(a) + b for a, b in zip(scaled, corner, strict=True))
+                near = math.prod(1 - abs(a - b) for a, b in zip(scaled, cube, strict=True))
+                for axis in range(3):
+                    entry = (near * ray[axis] ** 2, values[row, :, y, x].double(), colors[view, :, y, x].double(), y, x)
+                    cubes[cube, axis, ray[axis] > 0][row].append(entry)
+
+    def mean(entries, which):
+        shares = torch.tensor([share for share, *_ in entries], dtype=torch.float64)
+        return shares @ torch.stack([entry[which] for _, *entry in entries]) / shares.sum()
+
+    result = values.double().clone()
+    for of_rows in cubes.values():
+        present = [row for row in range(len(rows)) if sum(share for share, *_ in of_rows[row]) > 1e-6]
+        first = 0 if ranks is None or not present else min(ranks[row] for row in present)
+        factors = [1 if ranks is None else 30.0 ** (first - rank) for rank in ranks or rows]
+        everyone = [(factors[row] * share, *rest) for row in range(len(rows)) for share, *rest in of_rows[row]]
+        for row in range(len(rows)):
+            if of_rows[row] and sum(share for share, *_ in of_rows[row]):
+                gap, unlike = (mean(everyone, which) - mean(of_rows[row], which) for which in (0, 1))
+                gap = gap * (-unlike.square().mean() / (2 * surface.ALIKE**2)).exp()
+                for share, _, _, y, x in of_rows[row]:
+                    result[row, :, y, x] += share * gap
+    return result.float()
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [([0, 1, 2, 3], None), ([1, 0], None), ([2, 0, 3], [1, 2, 0])])
+def test_means_over_surfaces_are_the_slow_loop(rows, ranks):
+    """Of views from all sides; one shows nothing in some cells, another is far away there."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.stack([plane(1.3 * k, size=5) for k in range(4)])
+    points[:, 2] += 0.3 * torch.randn(4, 5, 5, generator=generator)
+    points[3, :, 0], points[2, :, 1] = math.nan, 1e12
+    colors = 0.5 + 0.05 * torch.randn(4, 3, 5, 5, generator=generator)
+    positions = torch.tensor([[0.0, 0, 20], [5, 3, 20], [-20, 3, 5], [2, 2, -20]])
+    values = torch.randn(len(rows), 2, 5, 5, generator=generator)
+    expected = slow_surface_means(points, colors, positions, rows, values, ranks)
+    means = SurfaceCorrespondence(points, colors, positions)(rows)(values, ranks and torch.tensor(ranks))
+    assert (expected - values).abs().max() > 0.1
+    torch.testing.assert_close(means, expected, atol=1e-5, rtol=0)
 
 
 def test_views_of_one_surface_share_what_is_coarse_and_keep_what_is_fine():
