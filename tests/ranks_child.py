@@ -1,8 +1,7 @@
-"""What `tests/csd_2d/test_ranks.py` runs in processes of its own: python -m tests.ranks_child WHAT FILE [MODEL]."""
+"""What `tests/csd_2d/test_ranks.py` runs in processes of its own."""
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -124,11 +123,11 @@ def long_canvas() -> CanvasCrops:
     return CanvasCrops(source, 16, 8)
 
 
-def main() -> None:
-    what, file, *model = sys.argv[1:]
+def main(what: str, file: Path, *model: Path) -> None:
+    """Do what is named, as one of several processes, and leave the result in the file."""
     torch.set_num_threads(1)
     try:
-        with ranks.joined(timedelta(seconds=15 if what == "hang" else 120)):
+        with ranks.joined(timedelta(seconds=8 if what == "hang" else 120)):
             work(what, file, *model)
     finally:
         # Threads of gloo's that outlive the group now and then abort the process as it ends.
@@ -136,9 +135,9 @@ def main() -> None:
         assert not any("gloo" in name for name in left), left
 
 
-def work(what: str, file: str, *model: str) -> None:
+def work(what: str, file: Path, *model: Path) -> None:
     if what == "edits":
-        results = {name: run() for name, run in edits(*model).items()}
+        results = {name: run() for name, run in edits(*map(str, model)).items()}
         rows = ranks.gather_numbers(rows_of_an_edit())
         if ranks.rank() == 0:
             torch.save({"rows": rows, **results}, file)
@@ -146,13 +145,13 @@ def work(what: str, file: str, *model: str) -> None:
 
         def fail(info) -> None:
             if ranks.rank() == 1 and info.index == 4:
-                os.kill(os.getpid(), signal.SIGKILL) if what == "die" else time.sleep(30)
+                os.kill(os.getpid(), signal.SIGKILL) if what == "die" else time.sleep(12)
 
-        long_edit(frames_stack(), Path(file), fail)
+        long_edit(frames_stack(), file, fail)
     elif what in ("resume stack", "resume canvas"):
         particles = frames_stack() if what == "resume stack" else long_canvas()
         steps = []
-        long_edit(particles, Path(file), lambda info: steps.append(info.index))
+        long_edit(particles, file, lambda info: steps.append(info.index))
         whole = [parameter.detach() for parameter in particles.parameters()]
         if ranks.rank() == 0:
             torch.save({"steps": steps, "latents": whole}, f"{file}.result")
@@ -163,7 +162,3 @@ def work(what: str, file: str, *model: str) -> None:
                 return super().noise_estimate(x_t, *arguments) * (torch.nan if ranks.rank() == 1 else 1)
 
         edit(frames_stack(), Broken(), "make it night", EditConfig(mixing="none"))
-
-
-if __name__ == "__main__":
-    main()

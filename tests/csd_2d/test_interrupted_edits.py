@@ -1,8 +1,6 @@
 """Edits that are interrupted, and what they need to go on."""
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -16,6 +14,7 @@ from csd_2d.io.images import read_image, write_image
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.progress import ProgressFile
 from tests.csd_2d.test_canvas import smooth
+from tests.forked import Forked
 
 
 def stack(count: int = 9) -> LatentStack:
@@ -123,28 +122,29 @@ def test_an_edit_can_be_ended_early():
 
 @pytest.fixture
 def arguments(tmp_path):
-    write_image(smooth(64, 400), tmp_path / "in.png")
+    write_image(smooth(64, 250), tmp_path / "in.png")
     paths = [str(tmp_path / name) for name in ("in.png", "out.png")]
-    return ["panorama", *paths, "--prompt", "make it night", "--prior", "analytic", "--steps", "600"]
+    return ["panorama", *paths, "--prompt", "make it night", "--prior", "analytic", "--steps", "150"]
 
 
-def run_with(seconds: float, arguments: list[str]) -> list[str]:
-    """The command that saves its state every so many seconds."""
-    start = f"from csd_2d.progress import ProgressFile; ProgressFile.SECONDS = {seconds};"
-    return [sys.executable, "-c", f"import sys; {start} from csd_2d.cli import main; main(sys.argv[1:])", *arguments]
+def command(arguments: list[str], seconds: float) -> None:
+    """The command, which saves its state every so many seconds."""
+    ProgressFile.SECONDS = seconds
+    main(arguments)
 
 
-def test_ctrl_c_and_resume(tmp_path, arguments):
+def test_ctrl_c_and_resume(tmp_path, arguments, saved_at_every_step, capsys):
     output, state = tmp_path / "out.png", tmp_path / "out.png.unfinished"
-    running = subprocess.Popen(run_with(0.2, arguments), stderr=subprocess.PIPE, text=True)
+    running = Forked(command, arguments, 0.0)
     while not state.exists():
-        assert running.poll() is None
+        assert running.running(), running.errors
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    assert "interrupted; the same command with --resume goes on." in running.communicate()[1]
-    assert running.returncode == 130 and not output.exists()
-    resumed = subprocess.run([*run_with(0.2, arguments), "--resume"], stderr=subprocess.PIPE, text=True, check=True)
-    assert " 0/600" not in resumed.stderr and "600/600" in resumed.stderr
+    assert running.ended() == 130 and not output.exists()
+    assert "interrupted; the same command with --resume goes on." in running.errors
+    main([*arguments, "--resume"])
+    said = capsys.readouterr().err
+    assert " 0/150" not in said and "150/150" in said
     assert not state.exists()
     main([*arguments[:2], str(tmp_path / "whole.png"), *arguments[3:]])
     assert torch.equal(read_image(output), read_image(tmp_path / "whole.png"))
@@ -153,14 +153,13 @@ def test_ctrl_c_and_resume(tmp_path, arguments):
 
 
 def test_ctrl_c_before_anything_is_saved_promises_nothing(tmp_path, arguments):
-    running = subprocess.Popen(run_with(1000, arguments), stderr=subprocess.PIPE, text=True)
-    assert running.stderr is not None
-    said = ""
-    while "1/600" not in said:
-        said += running.stderr.read(1)
+    running = Forked(command, arguments, 1000.0)
+    while "1/150" not in running.errors:
+        assert running.running(), running.errors
+        time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    assert running.communicate()[1].endswith("csd: interrupted.\n")
-    assert running.returncode == 130 and [path.name for path in tmp_path.iterdir()] == ["in.png"]
+    assert running.ended() == 130 and running.errors.endswith("csd: interrupted.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 
 @pytest.mark.parametrize("failure", [OSError("no space left on device"), KeyboardInterrupt()])

@@ -1,43 +1,35 @@
 """Several processes on one edit: real ones, that exchange over gloo, against the same edit in one."""
 
-import os
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from csd_2d import ranks
+from csd_2d.cli import main as csd
 from csd_2d.io.images import read_image, write_image
-from tests.ranks_child import edits, frames_stack, long_canvas, long_edit, smooth
+from tests.forked import Forked
+from tests.ranks_child import edits, frames_stack, long_canvas, long_edit, main, smooth
 
 
-def run(size: int, *arguments: object) -> list[subprocess.CompletedProcess]:
-    """As torchrun starts them, less torchrun, which takes a while."""
+def run(size: int, *arguments: object) -> list[Forked]:
+    """As torchrun starts them, less torchrun, and to their end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ranks_child", *map(str, arguments)]
-    started = [
-        subprocess.Popen(
-            command, env={**os.environ, **address, "RANK": str(rank)}, stderr=subprocess.PIPE, cwd=Path.cwd(), text=True
-        )
-        for rank in range(size)
-    ]
-    return [
-        subprocess.CompletedProcess(command, process.returncode, stderr=errors)
-        for process in started
-        for _, errors in [process.communicate(timeout=300)]
-    ]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    started = [Forked(main, *arguments, environment={**address, "RANK": str(rank)}) for rank in range(size)]
+    for process in started:
+        process.ended()
+    return started
 
 
-def succeeded(processes: list[subprocess.CompletedProcess]) -> None:
+def succeeded(processes: list[Forked]) -> None:
     for process in processes:
-        assert process.returncode == 0, process.stderr
+        assert process.ended() == 0, process.errors
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -65,9 +57,9 @@ def test_each_process_makes_its_share_of_the_noise_estimates(several):
 def test_a_process_that_is_lost_ends_the_others_and_leaves_what_was_finished(tmp_path, what, noticed):
     file = tmp_path / "state"
     processes = run(2, what, file)
-    assert processes[1].returncode == -signal.SIGKILL if what == "die" else processes[1].returncode != 0
-    assert processes[0].returncode == 1
-    message = [line for line in processes[0].stderr.splitlines() if "LostRankError: " in line][-1]
+    assert processes[1].ended() == -signal.SIGKILL if what == "die" else processes[1].ended() != 0
+    assert processes[0].ended() == 1
+    message = [line for line in processes[0].errors.splitlines() if "LostRankError: " in line][-1]
     assert noticed in message and "--resume goes on" in message
 
     whole, resumed, steps = frames_stack(), frames_stack(), []
@@ -101,8 +93,8 @@ def test_what_one_process_began_several_end(tmp_path, particles):
 
 def test_an_error_of_the_edit_is_that_of_all_processes(tmp_path):
     for process in run(2, "not finite", tmp_path / "none"):
-        assert process.returncode == 1
-        assert "latents are not finite after" in process.stderr.splitlines()[-1]
+        assert process.ended() == 1
+        assert "latents are not finite after" in process.errors.splitlines()[-1]
 
 
 def test_torchrun_and_the_command_line(tmp_path):
@@ -114,7 +106,7 @@ def test_torchrun_and_the_command_line(tmp_path):
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("wrote") == 1
     assert together.stderr.count(" 0/5 ") == 1  # one progress bar
-    subprocess.run([sys.executable, *command, tmp_path / "one.png"], check=True, capture_output=True)
+    csd([*command[2:], str(tmp_path / "one.png")])
     assert torch.equal(read_image(tmp_path / "two.png"), read_image(tmp_path / "one.png"))
     assert {entry.name for entry in tmp_path.iterdir()} == {"in.png", "one.png", "two.png"}
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import pytest
 import torchvision
 
 from csd_nerf.procedural_scene import write_scene
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def train_in_process(method: str, output: Path, iterations: int, **options: Any) -> Path:

@@ -1,7 +1,6 @@
 """Runs that are killed and go on: bit for bit what they would have been."""
 
 import json
-import multiprocessing
 import random
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from csd_nerf.artifacts import Artifacts
 from csd_nerf.edit.resume import latest_whole_checkpoint, random_state, set_random_state
 from tests.csd_nerf.conftest import train_in_process
 from tests.csd_nerf.kill_run import run_and_die
+from tests.forked import Forked
 
 KILL_POINTS = 12
 
@@ -44,14 +44,10 @@ def options(scene_run: Path, mode: str) -> dict:
 
 def in_child(die_at: int | None, output: Path, settings: dict) -> int:
     """How many events there were; 0 if the run was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.csd_nerf.kill_run", "nerfstudio.scripts.train"])
     events = output / "events"
     output.mkdir(parents=True)
-    child = context.Process(target=run_and_die, args=(die_at, output, events, settings))
-    child.start()
-    child.join(300)
-    assert child.exitcode == (0 if die_at is None else -9)
+    child = Forked(run_and_die, die_at, output, events, settings)
+    assert child.ended() == (0 if die_at is None else -9), child.errors
     return int(events.read_text()) if die_at is None else 0
 
 
