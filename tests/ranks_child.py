@@ -98,10 +98,10 @@ def rows_of_an_edit() -> int:
     rows = 0
 
     class Counting(AnalyticPrior):
-        def noise_estimate(self, x_t, *arguments):
+        def noise_estimate(self, x_t, *arguments, **options):
             nonlocal rows
             rows += len(x_t)
-            return super().noise_estimate(x_t, *arguments)
+            return super().noise_estimate(x_t, *arguments, **options)
 
     edit(frames_stack(), Counting(), "make it night", EditConfig(steps=3))
     return rows
@@ -158,7 +158,7 @@ def work(what: str, file: Path, *model: Path) -> None:
     elif what == "not finite":
 
         class Broken(AnalyticPrior):
-            def noise_estimate(self, x_t, *arguments):  # on the second process only
-                return super().noise_estimate(x_t, *arguments) * (torch.nan if ranks.rank() == 1 else 1)
+            def noise_estimate(self, x_t, *arguments, **options):  # on the second process only
+                return super().noise_estimate(x_t, *arguments, **options) * (torch.nan if ranks.rank() == 1 else 1)
 
         edit(frames_stack(), Broken(), "make it night", EditConfig(mixing="none"))
