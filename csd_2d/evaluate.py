@@ -1,5 +1,6 @@
 """Measure an edit: every metric that applies to it, or why it could not be computed."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from csd_2d.correspondence.flow import flow_method
 from csd_2d.metrics import learned
 from csd_2d.metrics.consistency import GHOST_SIDE, Motion, ghosting, seam, source_motion, warp_error, wrap_seam
 from csd_2d.metrics.fidelity import decibels
@@ -62,7 +64,7 @@ class Row:
     source: float | None = None
     """The same of the unedited images, where that makes sense."""
     values: list[float] = field(default_factory=list)
-    """Of each image, or of each and the next one."""
+    """Of each image, or of each and the next one; NaN where it is undefined, as the outlines of a black picture."""
     source_values: list[float] = field(default_factory=list)
     missing: str | None = None
     """Why there is no value."""
@@ -109,7 +111,7 @@ _METRICS = (
     ),
     _Metric("LPIPS to the source", "lower", "Learned perceptual distance of edit and source (AlexNet)."),
     _Metric("LPIPS between frames", "lower", "The same of consecutive images.", _ORDERED),
-    _Metric("intra-LPIPS", "lower", "Mean LPIPS of all pairs of square windows side by side.", ("panorama",)),
+    _Metric("intra-LPIPS", "lower", "Mean LPIPS (VGG-16) of all pairs of square windows side by side.", ("panorama",)),
     _Metric("intra-style", "lower", "The same of VGG-19's Gram matrices: windows have one style.", ("panorama",)),
     _Metric(
         "warp error",
@@ -158,6 +160,19 @@ NEEDS = {
     "PSNR to the answer": "it needs --answer.",
 }
 """What metrics want beside the images."""
+UNDEFINED = {
+    "warp error": "nothing is visible in two consecutive frames.",
+    "reprojection error": "no place is visible in two consecutive views.",
+    "seam": "the pictures are flat where crops may end.",
+    "wrap seam": "the pictures are flat at their borders.",
+    "edges": "the pictures have no outlines.",
+    "shift": "no edit shows enough of what the source shows there, or the pictures are smaller than 32 px.",
+    "zoom": "no edit shows enough of what the source shows there, or the pictures are smaller than 32 px.",
+    "change inside": "no mask is white anywhere.",
+    "change outside": "no mask is black anywhere.",
+    "PSNR outside": "no mask is black anywhere.",
+}
+"""Why no image has a value."""
 
 
 Network = TypeVar("Network")
@@ -193,9 +208,9 @@ class Learned:
             return None
         return self._load("clip", lambda: learned.Clip(name, self._device, self._local))
 
-    def lpips(self) -> learned.Lpips | None:
+    def lpips(self, network: Literal["alex", "vgg"] = "alex") -> learned.Lpips | None:
         """Load LPIPS; None if it cannot be had, see `missing`."""
-        return self._load("lpips", lambda: learned.Lpips(self._device, self._local))
+        return self._load(f"lpips {network}", lambda: learned.Lpips(self._device, self._local, network))
 
     def style(self) -> learned.Style | None:
         """Load the style network; None if it cannot be had, see `missing`."""
@@ -222,7 +237,8 @@ def evaluate(subject: Subject, networks: Learned | None = None, progress: str | 
         progress: label of a progress bar.
 
     Raises:
-        ValueError: if there are no images, or numbers or sizes of images, masks and answers differ.
+        ValueError: if there are no images, or numbers or sizes of images, masks and answers differ, or an image holds
+            values that are no numbers.
 
     Example:
         >>> frames = list(torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
@@ -262,7 +278,10 @@ def _together(subject: Subject) -> Iterator[_Pictures]:
     masks = [None] * len(subject.before) if subject.masks is None else subject.masks
     rows = zip(subject.before, subject.after, masks, *subject.answers, strict=True)
     for index, (before, after, mask, *answers) in enumerate(rows):
-        for name, picture in [("the edit", after), ("the mask", mask), *(("an answer", answer) for answer in answers)]:
+        others = [("the edit", after), ("the mask", mask), *(("an answer", answer) for answer in answers)]
+        for name, picture in [("the source", before), *others]:
+            if picture is not None and not picture.isfinite().all():
+                raise ValueError(f"{name} of image {index + 1} holds values that are no numbers.")
             if picture is not None and picture.shape[-2:] != before.shape[-2:]:
                 sizes = [f"{image.shape[-1]}x{image.shape[-2]}" for image in (picture, before)]
                 raise ValueError(
@@ -314,12 +333,8 @@ class _Meter:
         self._note("SSIM to the source", ssim(before, after))
         self._note("edges", edge_similarity(before, after))
         moved = shift(before, after)
-        if moved.windows:
-            self._note("shift", moved.length)
-            self._note("zoom", moved.zoom)
-        else:
-            for name in ("shift", "zoom"):
-                self._missing[name] = "no window of any edit shows what the source shows there."
+        self._note("shift", moved.length if moved.windows else math.nan)
+        self._note("zoom", moved.zoom if moved.windows else math.nan)
 
     def _change(self, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
         difference = after - before
@@ -327,14 +342,11 @@ class _Meter:
         if mask is None:
             return
         weight = mask.expand_as(difference)
-        self._note("change inside", ((difference.abs() * weight).sum() / weight.sum().clamp(min=1e-6)).item())
+        # Means over nothing are NaN.
+        self._note("change inside", ((difference.abs() * weight).sum() / weight.sum()).item())
         outside = difference[weight == 0]
-        if len(outside):
-            self._note("change outside", outside.abs().mean().item())
-            self._note("PSNR outside", decibels(outside.square().mean()).item())
-        else:
-            for name in ("change outside", "PSNR outside"):
-                self._missing[name] = "no mask is black anywhere."
+        self._note("change outside", outside.abs().mean().item())
+        self._note("PSNR outside", decibels(outside.square().mean()).item())
 
     def _seams(self, before: Tensor, after: Tensor) -> None:
         every = self._subject.seam_every or max(1, min(before.shape[-2:]) // 4)
@@ -346,7 +358,7 @@ class _Meter:
             for name in ("intra-LPIPS", "intra-style"):
                 self._missing[name] = "the picture is not twice as wide as high."
             return
-        if (lpips := self._networks.lpips()) is not None:
+        if (lpips := self._networks.lpips("vgg")) is not None:
             self._note("intra-LPIPS", *(learned.intra_lpips(some, lpips) for some in windows))
         if (style := self._networks.style()) is not None:
             grams = [[style.grams(window) for window in some] for some in windows]
@@ -404,20 +416,32 @@ class _Meter:
         if not values:
             missing = self._why_missing(metric.name)
             return Row(metric.name, metric.definition, metric.good, missing=missing)
-        mean, source_mean = fmean(values), fmean(source) if source else None
-        return Row(metric.name, metric.definition, metric.good, mean, source_mean, values, source)
+        mean, source_mean = (_mean(some) for some in (values, source))
+        if mean is None:
+            return Row(
+                metric.name, metric.definition, metric.good, missing=UNDEFINED.get(metric.name, "it is undefined.")
+            )
+        definition = metric.definition
+        if metric.name == "warp error":
+            definition = f"{definition} Flow: {flow_method()}."
+        return Row(metric.name, definition, metric.good, mean, source_mean, values, source)
 
     def _why_missing(self, name: str) -> str:
         networks = {
             "CLIP": "clip",
             "direction": "clip",
-            "LPIPS": "lpips",
-            "intra-LPIPS": "lpips",
+            "LPIPS": "lpips alex",
+            "intra-LPIPS": "lpips vgg",
             "intra-style": "style",
         }
         why = self._networks.missing.get(networks.get(name.split()[0], ""))
         # What keeps all of a network's metrics away is of more use than what this one lacks, too.
         return why or self._missing.get(name) or "there are fewer than two images."
+
+
+def _mean(values: list[float]) -> float | None:
+    known = [value for value in values if math.isfinite(value)]
+    return fmean(known) if known else None
 
 
 def _reduced(image: Float[Tensor, "3 H W"], longest: int) -> Float[Tensor, "3 h w"]:

@@ -34,7 +34,7 @@ def optical_flow(a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> Float[
         a, b: RGB in [0, 1], of one size.
 
     Raises:
-        ValueError: if the sizes differ.
+        ValueError: if the sizes differ, or the file with RAFT's weights is broken.
         ImportError: without RAFT's weights and OpenCV.
 
     Example:
@@ -55,6 +55,11 @@ def optical_flow(a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> Float[
     flow = _dense_inverse_search(pair) if model is None else model(*(2 * pair - 1)[:, None])[-1][0]
     flow = F.interpolate(flow[None], (height, width), mode="bilinear", antialias=True)[0]
     return flow * flow.new_tensor([width / size[1], height / size[0]])[:, None, None]
+
+
+def flow_method(device: str = "cpu") -> str:
+    """Name what `optical_flow` estimates flow with here."""
+    return "dense inverse search" if _raft(device) is None else "RAFT"
 
 
 def check_flow() -> None:
@@ -88,7 +93,10 @@ def _raft(device: str) -> nn.Module | None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         if path.is_file():
             model = build()
-            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            try:
+                model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            except Exception as error:  # a broken file surfaces as anything from EOFError to UnpicklingError
+                raise ValueError(f"{path} does not hold RAFT's weights; remove it.") from error
             return model.to(device).eval().requires_grad_(False)
     return None
 

@@ -4,15 +4,18 @@ Networks come from a hub or a local folder. Where one cannot be had, loading it 
 """
 
 import math
+from http.client import HTTPException
 from itertools import combinations
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
+from typing import Any, Literal
+from urllib.request import urlopen
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from csd_2d.hub import HUB_TIMEOUT, hub_refusal, reason
 
 CLIP_MODELS = {
     "paper": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
@@ -65,18 +68,22 @@ class Clip:
         local_files_only: use only models that are on this machine.
 
     Raises:
-        OSError: if there is no such model here, or it cannot be downloaded.
+        OSError: if there is no such model here, or it cannot be downloaded, or is not whole.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu", local_files_only: bool = False) -> None:
-        from transformers import AutoTokenizer, CLIPModel
-
         place = CLIP_MODELS.get(name, name)
-        options: dict[str, Any] = {"local_files_only": local_files_only or Path(place).is_dir()}
-        half = torch.device(device).type == "cuda"
-        model = CLIPModel.from_pretrained(place, dtype=torch.float16 if half else torch.float32, **options)
-        self._model: Any = model.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
-        self._tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        folder = Path(place).is_dir()
+        refusal = None if folder or local_files_only else hub_refusal(place)
+        try:
+            model, self._tokenizer = _read_clip(place, device, folder or local_files_only or refusal is not None)
+        except Exception as error:  # a broken file surfaces as anything from KeyError to SafetensorError
+            if refusal is not None:
+                why = f"model {place} is not on this machine, and the hub does not give it: {reason(refusal)}"
+            else:
+                why = f"{'folder' if folder else 'model'} {place} is no CLIP model that can be read: {reason(error)}"
+            raise OSError(f"{why}.") from error
+        self._model: Any = model.eval().requires_grad_(False).to(device)
         self._device = device
         self.size: int = self._model.config.vision_config.image_size
 
@@ -101,6 +108,22 @@ class Clip:
         return F.normalize(self._model.text_projection(hidden)[0].float().cpu(), dim=-1)
 
 
+def _read_clip(place: str, device: str | torch.device, local_files_only: bool) -> tuple[Any, Any]:
+    """Read the model and its tokenizer. ValueError for weights that are not all there, which would be random."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    half = torch.device(device).type == "cuda"
+    options: dict[str, Any] = {"local_files_only": local_files_only}
+    read: Any = CLIPModel.from_pretrained(
+        place, dtype=torch.float16 if half else torch.float32, output_loading_info=True, **options
+    )
+    model, found = read
+    lacking = sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str)
+    if lacking:
+        raise ValueError(f"it lacks {len(lacking)} weights of a CLIPModel, such as {lacking[0]}")
+    return model, AutoTokenizer.from_pretrained(place, **options)
+
+
 def _squares(image: Float[Tensor, "3 H W"], side: int) -> Float[Tensor, "n 3 side side"]:
     height, width = image.shape[-2:]
     scale = side / min(height, width)
@@ -121,28 +144,35 @@ def windows_across(image: Float[Tensor, "3 H W"]) -> Float[Tensor, "n 3 s s"]:
 
 
 class Lpips:
-    """LPIPS (Zhang et al., arXiv 1801.03924) on AlexNet, by torchmetrics.
+    """LPIPS (Zhang et al., arXiv 1801.03924, version 0.1), by torchmetrics.
 
     Args:
+        network: whose features are compared: AlexNet's, or VGG-16's.
         local_files_only: use weights only if they lie in torch.hub's cache.
 
     Raises:
         ImportError: without torchmetrics or torchvision.
-        OSError: without AlexNet's weights.
+        OSError: without the network's weights.
     """
 
-    def __init__(self, device: str | torch.device = "cpu", local_files_only: bool = False) -> None:
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        local_files_only: bool = False,
+        network: Literal["alex", "vgg"] = "alex",
+    ) -> None:
         try:
-            from torchvision.models import AlexNet_Weights
+            from torchvision.models import AlexNet_Weights, VGG16_Weights
         except ImportError as error:
             raise ImportError('LPIPS needs torchvision: pip install "csd-edit[metrics]".') from error
-        _fetch(AlexNet_Weights.IMAGENET1K_V1, local_files_only)
+        # Read here, and once more by torchmetrics, which would run code that a file holds.
+        _weights({"alex": AlexNet_Weights, "vgg": VGG16_Weights}[network].IMAGENET1K_V1, local_files_only)
         try:  # after the weights, for it takes seconds to import
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
         except ImportError as error:
             raise ImportError('LPIPS needs torchmetrics: pip install "csd-edit[metrics]".') from error
-        network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-        self._network, self._device = network.eval().requires_grad_(False).to(device), device
+        distance = LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True)
+        self._network, self._device = distance.eval().requires_grad_(False).to(device), device
 
     @torch.no_grad()
     def __call__(self, a: Float[Tensor, "3 H W"], b: Float[Tensor, "3 H W"]) -> float:
@@ -155,27 +185,25 @@ class Lpips:
 
 
 class Style:
-    """Gram matrices of VGG-19's first layers (Gatys et al., CVPR 2016), from torchvision.
+    """Gram matrices of VGG-19's first layers, from torchvision: those that SyncDiffusion's own measure takes.
 
     Args, Raises: as `Lpips`, of VGG-19.
     """
 
-    LAYERS = (1, 6, 11, 20, 29)
-    """relu1_1 to relu5_1."""
+    LAYERS = (0, 2, 5, 7, 10)
+    """The first five convolutions, before their ReLU: conv1_1, 1_2, 2_1, 2_2, 3_1."""
 
     def __init__(self, device: str | torch.device = "cpu", local_files_only: bool = False) -> None:
         try:
             from torchvision.models import VGG19_Weights, vgg19
         except ImportError as error:
             raise ImportError('the style metric needs torchvision: pip install "csd-edit[metrics]".') from error
-        _fetch(VGG19_Weights.IMAGENET1K_V1, local_files_only)
-        network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1)
-        self._layers = (
-            nn.Sequential(*list(network.features.children())[: self.LAYERS[-1] + 1])
-            .eval()
-            .requires_grad_(False)
-            .to(device)
-        )
+        weights = _weights(VGG19_Weights.IMAGENET1K_V1, local_files_only)
+        with torch.device("meta"):  # weights that would be replaced take seconds to draw
+            network = vgg19()
+        network.load_state_dict(weights, assign=True)
+        layers = [nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in network.features.children()]
+        self._layers = nn.Sequential(*layers[: self.LAYERS[-1] + 1]).eval().requires_grad_(False).to(device)
         self._device = device
 
     @torch.no_grad()
@@ -196,7 +224,8 @@ def intra_style(grams: list[list[Float[Tensor, "c c"]]]) -> float:
     """Compute how much the styles of a panorama's windows differ.
 
     The mean over all pairs of the sum over layers of the mean squared difference of Gram matrices (Lee et al.,
-    SyncDiffusion, arXiv 2306.05178, Intra-Style-L).
+    SyncDiffusion, arXiv 2306.05178, Intra-Style-L; their code adds the pairs up instead, so that its figure grows with
+    the width).
 
     Args:
         grams: of each window, see `Style`; at least 2.
@@ -208,19 +237,32 @@ def intra_style(grams: list[list[Float[Tensor, "c c"]]]) -> float:
 
 
 def intra_lpips(windows: Float[Tensor, "n 3 s s"], distance: Any) -> float:
-    """Compute the mean LPIPS of all pairs of a panorama's windows (Intra-LPIPS; SyncDiffusion, see `intra_style`)."""
+    """Compute the mean LPIPS of all pairs of a panorama's windows (Intra-LPIPS; SyncDiffusion, see `intra_style`).
+
+    Args:
+        distance: `Lpips` on VGG-16, as theirs.
+    """
     pairs = list(combinations(windows, 2))
     return sum(distance(a, b) for a, b in pairs) / len(pairs)
 
 
-def _fetch(weights: Any, local_files_only: bool) -> None:
-    """Download torchvision's weights to torch.hub's cache, unless they are there. OSError if they cannot be had."""
+def _weights(weights: Any, local_files_only: bool) -> dict[str, Tensor]:
+    """Read torchvision's weights from torch.hub's cache, where they are downloaded to. OSError if that is impossible.
+
+    The cache is the folder hub/checkpoints in the one that TORCH_HOME names.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    if path.is_file():
-        return
-    if local_files_only:
-        raise OSError(f"{path.name} is not in torch.hub's cache, and nothing is downloaded.")
+    absent = f"{path.name} is not in torch.hub's cache, {path.parent}"
+    if not path.is_file():
+        if local_files_only:
+            raise OSError(f"{absent}, and nothing is downloaded.")
+        try:
+            urlopen(weights.url, timeout=HUB_TIMEOUT).close()  # the download itself would wait for minutes
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=path.stem.split("-")[-1])
+        except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: other content than expected
+            raise OSError(f"{absent}, and could not be downloaded ({error}).") from error
     try:
-        weights.get_state_dict(progress=True)
-    except URLError as error:
-        raise OSError(f"{path.name} is not in torch.hub's cache, and could not be downloaded.") from error
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file surfaces as anything from EOFError to UnpicklingError
+        raise OSError(f"{path} cannot be read as weights ({type(error).__name__}).") from error

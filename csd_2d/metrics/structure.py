@@ -1,5 +1,6 @@
 """Whether an edit left things where they were: similarity, outlines, and by how much the picture moved."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +50,16 @@ def outlines(image: Float[Tensor, "*n 3 H W"]) -> Float[Tensor, "*n H W"]:
 def edge_similarity(source: Float[Tensor, "3 H W"], edited: Float[Tensor, "3 H W"]) -> float:
     """Correlate the outlines of two images, see `outlines`: 1 for the same ones, at any contrast; 0 for unrelated ones.
 
+    NaN if an image has none.
+
     Example:
         >>> image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> round(edge_similarity(image, 1 - image / 2), 4)
         1.0
     """
     a, b = (outlines(image).flatten() for image in (source, edited))
+    if not (a.any() and b.any()):
+        return math.nan
     return torch.cosine_similarity(a - a.mean(), b - b.mean(), dim=0).item()
 
 
@@ -69,7 +74,7 @@ class Shift:
     zoom: float
     """Factor on sizes; 1: none."""
     windows: int
-    """Number of windows that this is an estimate of; 0: no window shows enough to tell, and nothing is known."""
+    """Number of windows that this is an estimate of; 0: too few show enough to tell, and nothing is known."""
 
     @property
     def length(self) -> float:
@@ -77,8 +82,12 @@ class Shift:
         return (self.right**2 + self.down**2) ** 0.5
 
 
+LEAST_SIDE = 32
+"""Least side of a window in pixels."""
 LEAST_PEAK = 4.0
 """Height of a window's correlation peak over its largest value elsewhere from which the window counts; noise has 1."""
+LEAST_SHARE = 0.05
+"""Share of the windows that must count: of fifty, one has such a peak by chance."""
 SPREAD = 1.5
 """Radius in pixels of what belongs to a peak."""
 
@@ -89,7 +98,8 @@ def shift(source: Float[Tensor, "3 H W"], edited: Float[Tensor, "3 H W"]) -> Shi
     In each of the overlapping windows the displacement is the peak of the inverse Fourier transform of E S* / |E S*|
     (Kuglin & Hines, 1975), with S and E the spectra of the outlines, which survive a change of colors, of source and
     edit. A parabola gives fractions of a pixel. Windows vote with d = t + (z - 1) (p - c): translation t of the
-    picture's middle c, and zoom z about it; those that disagree with the median are left out.
+    picture's middle c, and zoom z about it; those that disagree with the median are left out. Of pictures of less than
+    32 px nothing is known.
 
     Example:
         >>> image = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -99,7 +109,9 @@ def shift(source: Float[Tensor, "3 H W"], edited: Float[Tensor, "3 H W"]) -> Shi
         (-3, 2, 1.0)
     """
     height, width = source.shape[-2:]
-    side = max(min(height, width, max(32, min(height, width) // 3)), 8)
+    if min(height, width) < LEAST_SIDE:
+        return Shift(0.0, 0.0, 1.0, 0)
+    side = max(LEAST_SIDE, min(height, width) // 3)
     corners = [_starts(length, side) for length in (height, width)]
     places = [(top, left) for top in corners[0] for left in corners[1]]
     pictures = outlines(torch.stack([source, edited]))
@@ -109,11 +121,11 @@ def shift(source: Float[Tensor, "3 H W"], edited: Float[Tensor, "3 H W"]) -> Shi
     offsets = torch.tensor(places) - middle
     found = heights >= LEAST_PEAK
     moves, offsets = moves[found], offsets[found].float()
-    if not len(moves):
-        return Shift(0.0, 0.0, 1.0, 0)
-    near = (moves - moves.median(0).values).abs().amax(1) <= side / 8
-    if near.any():
+    if len(moves):
+        near = (moves - moves.median(0).values).abs().amax(1) <= side / 8
         moves, offsets = moves[near], offsets[near]
+    if len(moves) < max(1, LEAST_SHARE * len(places)):
+        return Shift(0.0, 0.0, 1.0, 0)
     centered = offsets - offsets.mean(0)
     spread = centered.square().sum()
     zoom = (centered * (moves - moves.mean(0))).sum() / spread if spread > 0 else torch.zeros(())

@@ -11,37 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from csd_2d.errors import NonFiniteError
+from csd_2d.hub import hub_refusal, reason
 from csd_2d.prior import Branch
 from csd_2d.priors.schedules import Schedule
 from csd_2d.tiles import in_tiles
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-HUB_TIMEOUT = 5.0
-"""Seconds to wait for the hub's answer."""
-
-
-def _reason(error: BaseException) -> str:
-    """Summarize the first cause of an error in one sentence."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].split('. ')[0].rstrip('.')}" if lines else type(error).__name__
-
-
-def _hub_refusal(model: str) -> Exception | None:
-    """Ask the hub for a model; returns why it cannot be reached, None if it can.
-
-    diffusers asks without a time limit and waits for minutes behind a firewall that drops packets.
-    """
-    import huggingface_hub
-
-    try:
-        huggingface_hub.model_info(model, timeout=HUB_TIMEOUT)
-    except Exception as error:  # no network, a proxy's answer, an unknown or gated model: what is left is the cache
-        return error
-    return None
 
 
 @contextmanager
@@ -52,7 +28,7 @@ def _reading(model: str | Path, kind: str, local_files_only: bool) -> Iterator[b
         OSError: in place of any error inside the block.
     """
     folder = Path(model).is_dir()
-    refusal = None if folder or local_files_only else _hub_refusal(str(model))
+    refusal = None if folder or local_files_only else hub_refusal(str(model))
     try:
         yield local_files_only or refusal is not None
     except Exception as error:  # a broken file surfaces as anything from KeyError to SafetensorError
@@ -63,7 +39,7 @@ def _reading(model: str | Path, kind: str, local_files_only: bool) -> Iterator[b
         else:
             tried = f"model '{model}' could be neither downloaded from the Hugging Face hub nor found in its cache"
         raise OSError(
-            f"{tried} ({_reason(refusal or error)}); give a folder saved by diffusers' save_pretrained. "
+            f"{tried} ({reason(refusal or error)}); give a folder saved by diffusers' save_pretrained. "
             "To edit images, --prior tiny ships with csd."
         ) from error
 
@@ -243,7 +219,7 @@ class DiffusersPrior(ABC):
         try:
             self.denoiser.set_attention_backend(backend)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise ValueError(f"attention '{backend}' cannot be had ({_reason(error)}).") from error
+            raise ValueError(f"attention '{backend}' cannot be had ({reason(error)}).") from error
 
     @contextmanager
     def _loaded(self, *networks: nn.Module) -> Iterator[None]:

@@ -14,7 +14,6 @@ from csd_2d import EditConfig, LatentStack, edit_residual, load_prior
 from csd_2d.edit import edit
 from csd_2d.errors import NonFiniteError
 from csd_2d.image_set import edit_images
-from csd_2d.priors import diffusers_model
 from csd_2d.priors.analytic import AnalyticPrior
 from csd_2d.priors.instruct_pix2pix import InstructPix2PixPrior
 from csd_2d.priors.schedules import VariancePreservingSchedule
@@ -442,7 +441,7 @@ def test_model_that_cannot_be_had(monkeypatch, local_files_only):
 
 def test_silent_hub_is_given_up(monkeypatch):
     """A firewall that drops packets: the connection opens, no answer comes."""
-    monkeypatch.setattr(diffusers_model, "HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr("csd_2d.hub.HUB_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(OSError, match="ReadTimeout"):

@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from csd_2d.blur import gaussian_blur
 from csd_2d.evaluate import Learned, Subject, evaluate
 from csd_2d.metrics.consistency import ghosting, reprojection, seam, warp_error, wrap_seam
 from csd_2d.metrics.fidelity import error_ghosting
 from csd_2d.metrics.learned import (
     Clip,
+    Lpips,
+    Style,
     _squares,
     clip_directional,
     consistency,
@@ -33,6 +36,11 @@ def pictures(count, height=64, width=96, seed=0):
 
 def recolored(images):
     return (0.7 * images.flip(-3) + 0.1).clamp(0, 1)
+
+
+def drifting(count=5):
+    (wide,) = pictures(1, 72, 160)
+    return [wide[:, :, 4 * k : 4 * k + 128] for k in range(count)]
 
 
 @pytest.mark.parametrize(("down", "right"), [(0, 0), (3, -5), (-1, 4)])
@@ -66,8 +74,16 @@ def test_a_shift_of_half_a_pixel_is_found():
 def test_unrelated_or_empty_pictures_have_no_shift():
     gray = torch.full((3, 64, 64), 0.5)
     assert shift(gray, gray).windows == 0
-    one, other = pictures(2, 64, 64)
-    assert shift(one, other).windows <= 2
+    for seed in range(4):
+        for side in (16, 32, 64, 128):
+            assert shift(*pictures(2, side, side, seed)).windows == 0
+
+
+def test_the_shift_of_a_blurred_edit_is_found():
+    (image,) = pictures(1, 128, 160)
+    blurred = gaussian_blur(image.roll((3, -5), (1, 2))[:, None], 1.5, 5)[:, 0]
+    found = shift(image, blurred)
+    assert abs(found.down - 3) < 0.2 and abs(found.right + 5) < 0.2
 
 
 def test_structure_of_the_same_picture_and_of_worse_ones():
@@ -102,6 +118,9 @@ def test_seams_of_known_height():
     with pytest.raises(ValueError, match="has no borders every 500 px"):
         seam(ramp, 500)
     assert wrap_seam(ramp.roll(64, -1)) == pytest.approx(1, rel=1e-3)
+    assert wrap_seam(ramp[..., :10]) == pytest.approx(9, rel=1e-3)  # narrower than what is looked at
+    with pytest.raises(ValueError, match="at least 2 px"):
+        seam(ramp, 1)
 
 
 def test_ghosts_of_known_strength():
@@ -115,8 +134,14 @@ def test_ghosts_of_known_strength():
     rising = [
         mean([e + strength * (o - 0.5) for e, o in zip(edited, others, strict=True)]) for strength in (0, 0.2, 0.5)
     ]
-    assert rising[0] < 0.15 < rising[1] < rising[2]
-    assert mean(sources) == pytest.approx(0, abs=0.05)
+    assert rising[0] < 0.15 and 0.4 < rising[1] < rising[2]
+    assert mean(sources) == 0
+    # Frames of a video are alike: what an edit does to a frame's own detail is no ghost of the others.
+    frames = drifting()
+    for edit in (lambda x: F.avg_pool2d(x, 5, 1, 2), lambda x: x**2.2, recolored):
+        assert max(ghosting(frames, [edit(frame) for frame in frames])) < 0.15
+    flat = torch.full((3, 32, 32), 0.5)
+    assert ghosting([flat, flat], [flat, flat]) == [0, 0]
 
 
 def test_ghosting_of_known_errors():
@@ -143,6 +168,10 @@ def test_reprojection_of_a_wall_seen_by_two_cameras():
     hidden = moved.clone()
     hidden[:, :, 3] = camera[:, 3, None] + 0.5 * (moved[:, :, 3] - camera[:, 3, None])  # something stands before it
     assert not reprojection(points, hidden, camera, k)[1][0, :, 4].any()
+    unknown = points.clone()
+    unknown[:, :, 3] = torch.nan  # a depth that is no number is seen nowhere
+    flow_of_unknown, seen_of_unknown = reprojection(unknown, moved, camera, k)
+    assert flow_of_unknown.isfinite().all() and not seen_of_unknown[0, :, 3].any() and seen_of_unknown[0, :, 4].all()
     behind = torch.eye(3, 4)
     behind[2, 3] = -5
     assert not reprojection(points, points, behind, k)[1].any()
@@ -158,11 +187,6 @@ NOTHING = Learned(None, local_files_only=True)
 
 def values(subject):
     return {row.name: row.value for row in evaluate(subject, NOTHING).rows}
-
-
-def drifting(count=5):
-    (wide,) = pictures(1, 72, 160)
-    return [wide[:, :, 4 * k : 4 * k + 128] for k in range(count)]
 
 
 def test_a_good_edit_of_a_video_and_worse_ones():
@@ -227,7 +251,33 @@ def test_what_is_missing_says_why():
     assert "alexnet-owt" in rows["LPIPS to the source"].missing
     gray = [torch.full((3, 32, 32), 0.5)]
     flat = {row.name: row for row in evaluate(Subject("images", gray, gray), NOTHING).rows}
-    assert flat["shift"].value is None and "no window" in flat["shift"].missing
+    assert flat["shift"].value is None and "no edit shows enough" in flat["shift"].missing
+    assert flat["edges"].missing == "the pictures have no outlines."
+    (wide,) = flat_panorama = [torch.full((3, 16, 40), 0.5)]
+    rows = {row.name: row for row in evaluate(Subject("panorama", [wide], flat_panorama, wrap=True), NOTHING).rows}
+    assert "flat" in rows["seam"].missing and "flat" in rows["wrap seam"].missing
+
+
+def test_an_image_without_a_value_does_not_count():
+    images = list(pictures(3))
+    images[1] = torch.full_like(images[1], 0.5)
+    masks = [torch.zeros(1, 64, 96), torch.zeros(1, 64, 96), torch.ones(1, 64, 96)]
+    masks[0][..., :48] = 1
+    edited = [image + 0.1 for image in images]
+    rows = {row.name: row for row in evaluate(Subject("images", images, edited, masks=masks), NOTHING).rows}
+    assert [math.isnan(value) for value in rows["edges"].values] == [False, True, False]
+    assert rows["edges"].value == pytest.approx(1, abs=1e-4)
+    assert rows["change inside"].value == pytest.approx(0.1, abs=1e-5)
+    assert [math.isnan(value) for value in rows["change outside"].values] == [False, False, True]
+
+
+def test_what_no_two_frames_show_has_no_warp_error():
+    still, nothing = torch.zeros(1, 2, 8, 8), torch.zeros(1, 1, 8, 8)
+    assert math.isnan(warp_error(torch.rand(2, 3, 8, 8), still, nothing))
+    images = list(pictures(2))
+    motions = [(torch.zeros(2, 64, 96), torch.zeros(1, 64, 96))]
+    rows = {row.name: row for row in evaluate(Subject("scene", images, images, motions=motions), NOTHING).rows}
+    assert rows["reprojection error"].missing == "no place is visible in two consecutive views."
 
 
 def test_images_that_do_not_belong_together():
@@ -238,6 +288,8 @@ def test_images_that_do_not_belong_together():
         evaluate(Subject("video", frames, [frame[..., :64] for frame in frames]), NOTHING)
     with pytest.raises(ValueError, match="no images"):
         evaluate(Subject("images", [], []), NOTHING)
+    with pytest.raises(ValueError, match="the edit of image 2 holds values that are no numbers"):
+        evaluate(Subject("video", frames, [frames[0], frames[1] / 0 * 0]), NOTHING)
 
 
 # CLIP
@@ -325,6 +377,81 @@ def test_what_clip_sees_of_a_panorama():
     assert squares.mean((1, 2, 3)).tolist() == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9], abs=0.01)
     assert _squares(wide[..., :48], 16).shape == (1, 3, 16, 16)
     assert windows_across(wide).shape == (5, 3, 32, 32)
+
+
+def test_a_folder_without_a_whole_clip_model_is_refused(clip_folder, tmp_path):
+    """Weights that a folder lacks would be random ones: a text encoder is no CLIP model."""
+    from transformers import CLIPModel
+
+    CLIPModel.from_pretrained(clip_folder).text_model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"no CLIP model that can be read: ValueError: it lacks \d+ weights"):
+        Clip(str(tmp_path))
+
+
+def test_without_a_network_clip_is_given_up_at_once(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.model_info", no_network)
+    monkeypatch.setattr("huggingface_hub.utils._http.http_backoff", lambda *_, **__: pytest.fail("asked again"))
+    with pytest.raises(OSError, match="the hub does not give it: ConnectionError: no route to host"):
+        Clip("nobody/no-such-model")
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """Saves random weights of networks in torch.hub's cache, as torchvision does; those of a large layer are alike."""
+    from torchvision import models
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+
+    def save(build, kind):
+        path = folder / kind.url.rpartition("/")[2]
+        generator = torch.Generator().manual_seed(0)
+        with torch.device("meta"):
+            shapes = {name: values.shape for name, values in build().state_dict().items()}
+        sizes = {name: shape if shape.numel() < 400_000 else [1] * len(shape) for name, shape in shapes.items()}
+        values = {name: 0.05 * torch.randn(size, generator=generator, device="cpu") for name, size in sizes.items()}
+        torch.save({name: values[name].expand(shape) for name, shape in shapes.items()}, path)
+        return path
+
+    return models, save
+
+
+def test_lpips_reads_weights_from_the_folder_and_refuses_broken_ones(weights):
+    models, save = weights
+    path = save(models.alexnet, models.AlexNet_Weights.IMAGENET1K_V1)
+    distance = Lpips(local_files_only=True)
+    one, other = pictures(2, 48, 64)
+    assert distance(one, one) == 0 < distance(one, other)
+    path.write_bytes(b"<html>")
+    rows = evaluate(Subject("images", [one], [other]), Learned(None, local_files_only=True)).rows
+    assert "cannot be read as weights" in next(row.missing for row in rows if row.name == "LPIPS to the source")
+    with pytest.raises(OSError, match="vgg16"):
+        Lpips(local_files_only=True, network="vgg")
+
+
+def test_style_is_the_papers(weights):
+    """Gram matrices of the first five convolutions, before their ReLU, against a slow transcription."""
+    models, save = weights
+    path = save(models.vgg19, models.VGG19_Weights.IMAGENET1K_V1)
+    one, other = pictures(2, 32, 32)
+    style = Style(local_files_only=True)
+    values = torch.load(path, weights_only=True)
+    mean, deviation = (torch.tensor(rgb)[:, None, None] for rgb in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    a, b = ((x - mean) / deviation for x in (one, other))
+    total = 0.0
+    for name, pooled in {0: False, 2: False, 5: True, 7: False, 10: True}.items():
+        if pooled:
+            a, b = (F.max_pool2d(x, 2) for x in (a, b))
+        kernel, bias = values[f"features.{name}.weight"], values[f"features.{name}.bias"]
+        a, b = (F.conv2d(x[None], kernel, bias, padding=1)[0] for x in (a, b))
+        grams = [torch.einsum("ihw,jhw->ij", x, x) / x.numel() for x in (a, b)]
+        total += (grams[0] - grams[1]).square().mean().item()
+        a, b = a.relu(), b.relu()
+    assert intra_style([style.grams(one), style.grams(other)]) == pytest.approx(total, rel=1e-3)
 
 
 def test_intra_metrics_are_means_over_all_pairs():
