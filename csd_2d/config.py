@@ -48,13 +48,14 @@ class EditConfig:
     """Optimizer steps (paper: 200). Every particle takes part in each, unless `batch` says otherwise."""
     lr: float | None = None
     """Learning rate of SGD on the latents (paper: 2). Default: 8 / steps, but at most 1, so that more steps average
-    over more noise and go no further."""
+    over more noise and go no further; with `batch` 8 / the steps that a particle takes part in."""
     lr_decay: float = 1.0
     """Factor on the learning rate every `lr_decay_every` steps (authors' code: 0.9)."""
     lr_decay_every: int = 20
     """Steps between two decays of the learning rate (authors' code: 20)."""
     batch: int | None = None
-    """Particles drawn at random for a step (paper: 4 of 12). Default: all, or of a canvas as many crops as cover it."""
+    """Particles drawn at random for a step (paper: 4 of 12). Default: all, or of a canvas as many crops as cover it.
+    Fewer agree less, unless `steps` is raised as well: only those of one step see each other."""
     guidance_scale: float | None = None
     """Text guidance scale omega_y. Default: the prior's."""
     image_guidance_scale: float | None = None
@@ -115,7 +116,7 @@ class EditConfig:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate, `lr` or its default."""
+        """The learning rate, `lr` or its default where all particles take part in every step."""
         return min(8 / self.steps, 1.0) if self.lr is None else self.lr
 
 

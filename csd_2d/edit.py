@@ -37,7 +37,7 @@ class Edit(EditLoss):
         self, particles: Particles, prior: Prior, prompt: Prompt, config: EditConfig | None = None, **options: Any
     ) -> None:
         super().__init__(particles, prior, prompt, config, **options)
-        self._learning_rate = self.config.learning_rate
+        self._learning_rate = self._schedule.learning_rate(self.config)
         self._optimizer = torch.optim.SGD(particles.parameters(), lr=self._learning_rate)
         self._scheduler = StepLR(self._optimizer, self.config.lr_decay_every, self.config.lr_decay)
 
@@ -52,8 +52,9 @@ class Edit(EditLoss):
         The rest of them has no effect. A new learning rate decays from here on.
         """
         super().steer(config)
-        if config.learning_rate != self._learning_rate:
-            self._learning_rate = self._optimizer.param_groups[0]["lr"] = config.learning_rate
+        learning_rate = self._schedule.learning_rate(config)
+        if learning_rate != self._learning_rate:
+            self._learning_rate = self._optimizer.param_groups[0]["lr"] = learning_rate
 
     def step(self) -> Step:
         """Take one step.
@@ -66,7 +67,7 @@ class Edit(EditLoss):
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        if self._schedule.ends_pass(step.index):
+        if self._schedule.ends_parts(step.index):
             self._scheduler.step()
         self._check_finite(step)
         return step

@@ -92,6 +92,7 @@ class EditLoss:
         if len(prompts) > 1 and self.layout.shares is None:
             raise ValueError(f"{len(prompts)} prompts need a layout with the share of each in every particle.")
         self._text = self.prior.encode_text(prompts)
+        self._schedule.forget_leader()
         if self.prompts and self.prompts[-1][0] == self.index:
             self.prompts.pop()
         self.prompts.append((self.index, prompts))
@@ -111,7 +112,7 @@ class EditLoss:
         schedule = self._schedule
         loss, step = csd_step(
             self.particles,
-            next(schedule.batches),
+            schedule.batch(self.index),
             self.prior,
             schedule.timesteps(self.index),
             self._draw_noise,
@@ -162,7 +163,7 @@ class EditLoss:
             "prompts": [(index, list(prompts)) for index, prompts in self.prompts],
             "guidance": dict(self.guidance),
             "generator": self._generator.get_state(),
-            "batches": self._schedule.batches.state_dict(),
+            "schedule": self._schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -172,4 +173,4 @@ class EditLoss:
         self._text = self.prior.encode_text(self.prompt)
         self.guidance = dict(state["guidance"])
         self._generator.set_state(state["generator"])
-        self._schedule.batches.load_state_dict(state["batches"])
+        self._schedule.load_state_dict(state["schedule"])

@@ -128,6 +128,16 @@ class PlaceConsensus:
         return shared - change, None
 
 
+@dataclass
+class ColorLeader:
+    """Remembers whom one batch followed, so that the next ones follow the same."""
+
+    stays: bool = False
+    """The next batch follows it. Otherwise that looks for a leader of its own, the most like this one."""
+    known: tuple[Float[Tensor, "a a"], Float[Tensor, "a c"]] | None = None
+    """Second moments of its colors, and their products with the change that it aims at, in units of the image."""
+
+
 @dataclass(frozen=True)
 class ColorConsensus:
     """Let all particles change their colors as one of them does; the rest of each score stays its own (a `Mixing`).
@@ -151,6 +161,8 @@ class ColorConsensus:
     ridge: float = 0.01
     """Pull of the leader's map towards no change in colors that it does not show, relative to how often the average
     particle shows them."""
+    remembered: ColorLeader | None = field(default=None, repr=False)
+    """Whom to follow, and where to put who is followed. Default: each call chooses anew."""
 
     def __call__(
         self, scores: Float[Tensor, "n c h w"], noised: NoisedParticles
@@ -163,16 +175,26 @@ class ColorConsensus:
         moments, products = colors.mT @ colors, colors.mT @ aims
         # Gray images, or those of one color, do not determine a map, not even all together.
         average = moments.mean(0) + 1e-3 * colors.shape[1] * torch.eye(colors.shape[-1]).to(moments)
+        count, strength, remembered = len(scores), noised.alpha / noised.sigma, self.remembered or ColorLeader()
+        known = remembered.known
+        if known is not None:  # one more particle
+            moments = torch.cat([moments, known[0].to(moments)[None]])
+            products = torch.cat([products, strength * known[1].to(products)[None]])
         own = torch.linalg.solve(moments + 1e-3 * average, products)
         alike = cosines(own, moments)
-        leader = int(alike.clamp(min=0).sum(0).argmax())
+        if known is None:
+            leader = int(alike.clamp(min=0).sum(0).argmax())
+        else:
+            leader = count if remembered.stays else int(alike[:count, -1].argmax())
+        remembered.known = moments[leader].clone(), products[leader] / strength
         passed_on = torch.linalg.solve(moments[leader] + self.ridge * average, products[leader])
-        explained = (colors @ own).square().sum((1, 2)) / aims.square().sum((1, 2)).clamp(min=1e-12)
+        explained = (colors @ own[:count]).square().sum((1, 2)) / aims.square().sum((1, 2)).clamp(min=1e-12)
         follows = (alike[:, leader] < self.alike) & (explained.median() > self.explained)
         follows[leader] = False
-        shift = (colors @ (passed_on - own)).mT.view_as(scores).to(scores.dtype)
-        gram = torch.eye(len(scores), dtype=dtype, device=scores.device)
+        shift = (colors @ (passed_on - own[:count])).mT.view_as(scores).to(scores.dtype)
+        gram = torch.eye(len(alike), dtype=dtype, device=scores.device)
         gram[follows] = gram[leader].clone()
+        gram, follows = gram[:count, :count], follows[:count]
         direction = torch.where(follows[:, None, None, None], scores + shift, scores)
         return direction, KernelMatrix(gram, torch.zeros_like(gram))
 

@@ -1,7 +1,9 @@
 """Schedule an edit: the batch, the timesteps and the mixing of each step."""
 
+import math
 from collections import deque
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,7 +12,7 @@ from torch import Tensor
 from csd_2d.config import EditConfig
 from csd_2d.csd import Mixing, NoisedParticles
 from csd_2d.kernels import KernelMatrix, RBFKernel
-from csd_2d.mixing import SVGD, ColorConsensus, PlaceConsensus, chained, own_scores, per_prompt
+from csd_2d.mixing import SVGD, ColorConsensus, ColorLeader, PlaceConsensus, chained, own_scores, per_prompt
 from csd_2d.particles import Layout
 
 MAX_STEP_ELEMENTS = 2**24
@@ -91,10 +93,38 @@ class Schedule:
         size = min(size, -(-size // self._parts), most)
         self.rows_at_once = min(size, max(1, most // 16))
         """Particles that go to the prior together, so that large batches take little more memory than small ones."""
-        self.batches = Batches(rounds, 0 if size >= longest else size, generator)
-        self._rules = (mixing, mixing) if mixing is not None else _rules(config, layout)
+        self._batches = Batches(rounds, 0 if size >= longest else size, generator)
+        self._pass = max(longest / size, 1.0)
+        """Steps in which every particle takes part once."""
+        self._leader = ColorLeader()
+        self._rules = (mixing, mixing) if mixing is not None else _rules(config, layout, self._leader)
 
-    def ends_pass(self, index: int) -> bool:
+    def batch(self, index: int) -> list[int]:
+        """Draw the particles of a step; steps are asked for in order."""
+        # Batches of one pass have one leader. A single batch has all that there is to choose from.
+        self._leader.stays = index % math.ceil(self._pass) > 0
+        if self._pass == 1:
+            self.forget_leader()
+        return next(self._batches)
+
+    def forget_leader(self) -> None:
+        """Let the next batch choose freely whom to follow."""
+        self._leader.known = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self._batches.state_dict(), "leader": self._leader.known}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._batches.load_state_dict(state["batches"])
+        self._leader.known = state["leader"]
+
+    def learning_rate(self, config: EditConfig) -> float:
+        """Compute the learning rate of some settings: by default higher if a step takes some of the particles only."""
+        if config.lr is not None or self._parts > 1:
+            return config.learning_rate
+        return min(config.learning_rate * self._pass, 1.0)
+
+    def ends_parts(self, index: int) -> bool:
         """Tell whether a step is the last of the parts that one of the configuration's steps is taken in."""
         return (index + 1) % self._parts == 0
 
@@ -122,7 +152,7 @@ class Schedule:
         return (strong if consensus else weak)(scores, noised)
 
 
-def _rules(config: EditConfig, layout: Layout) -> tuple[Mixing, Mixing]:
+def _rules(config: EditConfig, layout: Layout, leader: ColorLeader) -> tuple[Mixing, Mixing]:
     """Choose the rules that mix scores under strong noise, and under weak noise."""
     if config.mixing == "none":
         return own_scores, own_scores
@@ -130,7 +160,9 @@ def _rules(config: EditConfig, layout: Layout) -> tuple[Mixing, Mixing]:
         kernel = RBFKernel(bandwidth_scale=config.bandwidth_scale)
         svgd = SVGD(kernel, config.kernel_input, config.normalize_rows)
         return svgd, svgd
-    colors = ColorConsensus() if layout.shares is None else per_prompt(ColorConsensus(), layout.shares)
+    colors = ColorConsensus(remembered=leader)
+    if layout.shares is not None:  # each of several prompts has a leader of its own, in each part of a step another
+        colors = per_prompt(ColorConsensus(), layout.shares)
     if layout.correspondence is None or not config.matches_places:
         return colors, own_scores
     places = PlaceConsensus(layout.correspondence)

@@ -8,7 +8,7 @@ import torch
 from csd_2d import EditConfig, LatentStack, load_prior
 from csd_2d.csd import NoisedParticles
 from csd_2d.image_set import edit_images
-from csd_2d.mixing import ColorConsensus, cosines, per_prompt
+from csd_2d.mixing import ColorConsensus, ColorLeader, cosines, per_prompt
 from csd_2d.tiny.scenes import held_out
 
 ALPHA, SIGMA = 0.6, 0.8
@@ -80,6 +80,32 @@ def test_those_who_agree_already_keep_their_scores():
     assert [torch.equal(*pair) for pair in zip(direction, scores, strict=True)] == [True, True, False, True]
     assert kernel.gram.diagonal().tolist() == [1, 1, 0, 1] and kernel.gram.sum(1).tolist() == [1] * 4
     assert torch.cosine_similarity(direction[2].flatten(), mapped[2].flatten(), dim=0) > 0.95
+
+
+def test_a_leader_that_is_remembered_is_followed_by_all_who_come_later():
+    """Their aims point the other way, all of them; at another noise level they are as strong as it says."""
+    source, scores, mapped = turned([1.0, 1.2, 0.8, 0.9], detail=0.1)
+    leader = ColorLeader()
+    rule = ColorConsensus(remembered=leader)
+    first = noised(source, torch.zeros_like(source))
+    assert torch.equal(rule(scores, first)[0], scores)
+    weaker = replace(first, alpha=2 * ALPHA)
+    leader.stays = True
+    direction, kernel = rule(-scores, weaker)
+    assert torch.equal(kernel.gram, torch.zeros(4, 4))
+    for moved, map_alone, score in zip(direction, mapped, scores, strict=True):
+        assert torch.cosine_similarity(moved.flatten(), map_alone.flatten(), dim=0) > 0.95
+        assert 1.2 < moved.norm() / score.norm() < 3
+
+
+def test_the_next_leader_is_the_one_most_like_the_last():
+    """Three of four answer the other way: alone they would be followed."""
+    source, scores, _ = turned([1.0, 1.0, 1.0, 1.0], detail=0.1)
+    rule = ColorConsensus(remembered=ColorLeader())
+    rule(scores, noised(source, torch.zeros_like(source)))
+    split = scores * torch.tensor([-1.0, -1, 1, -1])[:, None, None, None]
+    _, kernel = rule(split, noised(source, torch.zeros_like(source)))
+    assert kernel.gram[:, 2].tolist() == [1, 1, 1, 1]
 
 
 def test_nothing_is_shared_where_most_scores_are_no_change_of_colors():
