@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import tyro
 
 from csd_2d import ranks
-from csd_2d.config import EditConfig
+from csd_2d.config import EditConfig, check_replaced
 from csd_2d.errors import one_sentence
 from csd_2d.generate import GENERATE, generate
 from csd_2d.io.images import IMAGE_SUFFIXES, read_image, write_image
@@ -604,6 +604,9 @@ def _with_port(arguments: Sequence[str]) -> list[str]:
 
 def _parse(arguments: Sequence[str] | None) -> Command:
     arguments = _with_port(sys.argv[1:] if arguments is None else arguments)
+    for argument in arguments:
+        if argument.startswith("--"):
+            check_replaced(argument[2:].removeprefix("no-").partition("=")[0].replace("-", "_"))
     # The preset sets the defaults of other options, so it is looked up before they are parsed.
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default="default")

@@ -39,6 +39,20 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "weight": get_args(Weight),
 }
 
+_REPLACED = {
+    "svgd": "mixing",
+    "together": "mixing",
+    "turn_timestep": "consensus_timestep",
+    "consensus_bandwidth_scale": "mixing",
+    "transport": "correspondence",
+}
+
+
+def check_replaced(name: str) -> None:
+    """Refuse a setting of earlier versions: ValueError that names the one that took its place."""
+    if name in _REPLACED:
+        raise ValueError(f"{name} is gone; {_REPLACED[name]} took its place.")
+
 
 @dataclass(frozen=True)
 class EditConfig:

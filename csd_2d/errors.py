@@ -2,10 +2,16 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+
+class EditWarning(UserWarning):
+    """An edit goes on, but does less than it could."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -16,8 +22,18 @@ class NonFiniteError(ArithmeticError):
 def one_sentence(program: str | None) -> Iterator[None]:
     """End the program with exit code 1 and the error's message in place of a traceback.
 
-    With CSD_TRACEBACK=1 in the environment the traceback comes through, for debugging.
+    With CSD_TRACEBACK=1 in the environment the traceback comes through, for debugging. An `EditWarning` is printed as
+    one sentence, too, and once, however many processes there are.
     """
+    other = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+        if not issubclass(category, EditWarning):
+            other(message, category, *where, **rest)
+        elif os.environ.get("RANK", "0") == "0":
+            print(f"{program}: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
     try:
         yield
     except BrokenPipeError:  # whoever read our output, `head` for one, has seen enough
@@ -30,3 +46,5 @@ def one_sentence(program: str | None) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory; lower the micro-batch, turn offload on, or take smaller images."
         raise SystemExit(f"{program}: {message}") from error
+    finally:
+        warnings.showwarning = other

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from csd_2d.config import EditConfig
+from csd_2d.config import EditConfig, check_replaced
 
 
 def preset_names() -> list[str]:
@@ -32,6 +32,8 @@ def load_preset(name: str, defaults: EditConfig | None = None) -> EditConfig:
     settings = _read_preset(name)
     settings.pop("scene", None)
     try:
+        for setting in settings:
+            check_replaced(setting)
         return replace(defaults or EditConfig(), **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"preset {name} cannot be used: {error}") from error

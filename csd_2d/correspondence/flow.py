@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from csd_2d.correspondence import Correspondence
+from csd_2d.errors import EditWarning
 from csd_2d.latents import TensorFile
 
 Pair = tuple[int, int]
@@ -74,7 +75,8 @@ def flow_is_available() -> bool:
     try:
         check_flow()
     except ImportError as error:
-        warnings.warn(f"frames of a video will share colors, but will not follow its motion: {error}", stacklevel=2)
+        what = "frames of a video will share colors, but will not follow its motion"
+        warnings.warn(f"{what}: {error}", EditWarning, stacklevel=2)
         return False
     return True
 

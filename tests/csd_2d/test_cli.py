@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from csd_2d.cli import main
+from csd_2d.correspondence import flow
 from csd_2d.io.images import read_image, write_image
 from csd_2d.io.video import Clip, read_clip, write_clip
 from csd_2d.priors.analytic import AnalyticPrior
@@ -136,3 +138,31 @@ def test_the_package_works_where_nerfstudio_is_not_installed(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.strip() == 'csd: csd demo needs nerfstudio: pip install "csd-edit[nerf]".'
+
+
+@pytest.mark.parametrize(
+    ("option", "replacement"),
+    [("--transport", "correspondence"), ("--together=0.5", "mixing"), ("--no-svgd", "mixing")],
+)
+def test_options_of_earlier_versions_name_what_took_their_place(picture, option, replacement):
+    with pytest.raises(SystemExit, match=f"^csd: .* is gone; {replacement} took its place.$"):
+        main(["panorama", str(picture / "in.png"), str(picture / "out.png"), *NIGHT, option])
+    (picture / "old.yaml").write_text("svgd: false\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="svgd is gone; mixing took its place"):
+        main(["panorama", "a.png", "b.png", *NIGHT, "--preset", str(picture / "old.yaml")])
+
+
+def test_a_video_that_cannot_be_followed_is_told_in_one_line(picture, capsys, monkeypatch):
+    def missing():
+        raise ImportError("optical flow needs OpenCV.")
+
+    monkeypatch.setattr(flow, "check_flow", missing)
+    flow.flow_is_available.cache_clear()
+    shown = warnings.showwarning
+    try:
+        main(["video", str(picture / "in.mp4"), str(picture / "out.mp4"), *NIGHT, "--steps", "2"])
+    finally:
+        flow.flow_is_available.cache_clear()
+    assert warnings.showwarning is shown
+    line = "csd: frames of a video will share colors, but will not follow its motion: optical flow needs OpenCV."
+    assert capsys.readouterr().err.splitlines().count(line) == 1
