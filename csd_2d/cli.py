@@ -235,6 +235,8 @@ class Video:
     """Second at which the part to edit begins; the rest is left out."""
     end: float | None = None
     """Second at which it ends. Default: with the video."""
+    fps: float | None = None
+    """Frames a second of a folder. Default: 24."""
     keyframes: int = 1
     """Edit every n-th frame only; those between follow the source's optical flow (pip install
     "csd-edit[flow]"). Less work and less flicker; but places that no keyframe shows are only recolored."""
@@ -245,9 +247,9 @@ class Video:
         from csd_2d.video import edit_video
 
         scratch = _check_output(self.output, self.input)
-        clip = read_clip(self.input, self.start, self.end)
+        clip = read_clip(self.input, self.start, self.end, self.fps)
         check_video_output(self.output, clip)
-        _check_sound(clip, self.output)
+        _say_what_is_lost(clip, self.output)
         options = self.options
         masks = None if options.mask is None else read_masks(options.mask, clip, options.feather)
         if len(options.prompt) != 1:
@@ -287,15 +289,15 @@ class Video:
         print(f"flicker: {after:.1f} gray levels, the source's {before:.1f}{hint}")
 
 
-def _check_sound(clip: "Clip", output: Path) -> None:
-    """Drop, with a message, the sound of a clip that the output cannot hold."""
-    from csd_2d.io.video import VIDEO_SUFFIXES, sound_fits
+def _say_what_is_lost(clip: "Clip", output: Path) -> None:
+    """Print what of a clip is changed or cannot be kept; sound that cannot is dropped."""
+    from csd_2d.io.video import sound_fits, what_is_lost
 
-    if clip.sound is None or output.suffix.lower() not in VIDEO_SUFFIXES or sound_fits(clip.sound, output):
-        return
-    kind = output.suffix.lower()
-    print(f"csd: {kind} cannot hold the input's {clip.sound.codec} sound; {output} will be silent.", file=sys.stderr)
-    clip.sound = None
+    if ranks.rank() == 0:
+        for sentence in (*clip.notes, *what_is_lost(clip, output)):
+            print(f"csd: {sentence}", file=sys.stderr)
+    if clip.sound is not None and not sound_fits(clip.sound, output):
+        clip.sound = None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Video files through PyAV, and folders of frames. One frame at a time is in memory."""
+"""Write clips to video files through PyAV, or to folders of frames, and read them. One frame at a time is in memory."""
 
 import heapq
 import math
@@ -7,29 +7,31 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
-import torch
+from av.codec.codec import UnknownCodecError
 from av.container import OutputContainer
 from av.error import FFmpegError
+from av.video.stream import VideoStream
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from csd_2d.io.decode import DEFAULT_RATE, Format, looks, shown, to_tensor, upright_size, usable_rates, video_stream
 from csd_2d.io.files import replacing
 from csd_2d.io.images import SMALLEST, image_size, read_image, to_array, write_image
 from csd_2d.io.masks import read_mask
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
-TIME_BASE = Fraction(1, 90000)
-"""Seconds in which frames are timed that are not evenly spaced."""
+KEPT_TAGS = ("title", "artist", "comment", "copyright", "creation_time", "date", "description", "location")
+"""What a file says of itself and of its edit, too."""
 
 Size = tuple[int, int]
 
@@ -74,13 +76,20 @@ class Clip:
 
     frames: Sequence[Float[Tensor, "3 _ _"]]
     """RGB in [0, 1]: a list, or `Streamed`."""
-    rate: Fraction = Fraction(24)
+    rate: Fraction = DEFAULT_RATE
     """Frames per second; 24 where the source does not say."""
     names: list[str] | None = None
     """File names without suffix, for clips that came from a folder."""
     times: list[Fraction] | None = None
     """Seconds at which frames are shown, the first at 0; None: evenly spaced, as `rate` says."""
+    last: Fraction | None = None
+    """Seconds the last frame is shown, where there are times; None: as `rate` says."""
     sound: Sound | None = None
+    format: Format = field(default_factory=Format)
+    tags: dict[str, str] = field(default_factory=dict)
+    """What the file says of itself: title, date, place."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what of the source is changed or not read."""
 
     @property
     def sizes(self) -> list[Size]:
@@ -90,11 +99,16 @@ class Clip:
         return [(frame.shape[-2], frame.shape[-1]) for frame in self.frames]
 
 
-def read_clip(path: str | Path, start: float = 0.0, end: float | None = None) -> Clip:
+Seconds = Fraction | float
+"""A float stands for the shortest decimal number that rounds to it: 0.2 for 1/5."""
+
+
+def read_clip(path: str | Path, start: Seconds = 0, end: Seconds | None = None, fps: Seconds | None = None) -> Clip:
     """Open a video file, or a folder of images in natural order (2.png before 10.png); frames are `Streamed`.
 
     Args:
-        start, end: seconds from the first frame on between which the clip lies; of a folder at 24 frames a second.
+        start, end: seconds from the first frame on between which the clip lies, see `csd_2d.io.decode.shown`.
+        fps: frames a second of a folder; default: 24.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
@@ -103,78 +117,78 @@ def read_clip(path: str | Path, start: float = 0.0, end: float | None = None) ->
     path = Path(path)
     if not 0 <= start < (math.inf if end is None else end):
         raise ValueError(f"start must be at least 0 and less than end; got {start} and {end}.")
+    begin, stop = _exact(start), None if end is None or math.isinf(end) else _exact(end)
     if path.is_dir():
-        return _read_folder(path, start, end)
+        if fps is not None and not 1 / 3600 <= fps <= 1000:
+            raise ValueError(f"fps must be from 1/3600 to 1000, got {fps}.")
+        return _read_folder(path, begin, stop, DEFAULT_RATE if fps is None else _exact(fps))
     if not path.is_file():
         raise FileNotFoundError(f"no such video or folder: {path}.")
-    shown = [(time, _upright_size(frame)) for time, frame in _decode(path, start, end)]
-    if not shown:
+    if fps is not None:
+        raise ValueError(f"fps is for folders of frames; {path} says itself when they are shown.")
+    return _read_file(path, begin, stop)
+
+
+def _exact(seconds: Seconds) -> Fraction:
+    return seconds if isinstance(seconds, Fraction) else Fraction(str(seconds))
+
+
+def _read_file(path: Path, start: Fraction, end: Fraction | None) -> Clip:
+    spans, sizes, seen = [], [], None
+    for time, until, frame in shown(path, start, end):
+        seen = seen or looks(path, frame)
+        spans.append((time, until))
+        sizes.append(upright_size(frame))
+    if seen is None:
         raise ValueError(f"{path} holds no video frames{_between(start, end)}.")
-    times, sizes = [time for time, _ in shown], [size for _, size in shown]
     if min(map(min, sizes)) < SMALLEST:
         raise ValueError(f"frames of {path} are too small; both sides must be at least {SMALLEST} px.")
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        rate = stream.average_rate or Clip.rate
+        stream = video_stream(container, path)
+        rates = usable_rates(stream)
         origin = (stream.start_time or 0) * (stream.time_base or 0)
+        tags = {name: text for name, text in container.metadata.items() if name in KEPT_TAGS}
         sound = None
         if container.streams.audio:
-            cut = None if end is None else origin + Fraction(end)
-            sound = Sound(path, origin + times[0], cut, container.streams.audio[0].codec_context.name)
-    frames = Streamed(sizes, lambda: (_upright(frame) for _, frame in _decode(path, start, end)))
-    return Clip(frames, rate, times=_uneven([time - times[0] for time in times], rate), sound=sound)
+            cut = None if end is None else origin + end
+            sound = Sound(path, origin + spans[0][0], cut, container.streams.audio[0].codec_context.name)
+    begin, (latest, until) = spans[0][0], spans[-1]
+    spacing = _spacing([time - begin for time, _ in spans], until - latest, rates)
+    frames = Streamed(sizes, lambda: (to_tensor(frame, seen) for _, _, frame in shown(path, start, end)))
+    notes = tuple(f"{path} {note}" for note in seen.notes)
+    return Clip(frames, **spacing, sound=sound, format=seen.format, tags=tags, notes=notes)
 
 
-def _between(start: float, end: float | None) -> str:
+def _between(start: Fraction, end: Fraction | None) -> str:
     if start == 0 and end is None:
         return ""
-    return f" from second {start:g}" + ("" if end is None else f" to {end:g}")
+    return f" from second {float(start):g}" + ("" if end is None else f" to {float(end):g}")
 
 
-def _uneven(times: list[Fraction], rate: Fraction) -> list[Fraction] | None:
-    """Return the times of frames, or None if they are evenly spaced up to rounding, or no usable times."""
-    even = all(abs(time - index / rate) < 0.002 for index, time in enumerate(times))
+def _spacing(times: list[Fraction], last: Fraction, rates: list[Fraction]) -> dict[str, Any]:
+    """Describe when frames are shown: by a rate if they are evenly spaced up to rounding, or have no usable times."""
     rising = all(a < b for a, b in pairwise(times))
-    return times if rising and not even else None
+    even = (rate for rate in rates if all(abs(time - index / rate) < 0.002 for index, time in enumerate(times)))
+    rate = next(even, None)
+    if not rising or (rate is not None and abs(last - 1 / rate) < 0.002):
+        return {"rate": rate or rates[0]}
+    return {"rate": rate or rates[0], "times": times, "last": last if last > 0 else None}
 
 
-def _decode(path: Path, start: float, end: float | None) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Decode frames in order, with the seconds after the first of the file at which they are shown."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} holds no video, or one that was cut short.")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            between = 1 / (stream.average_rate or Clip.rate)
-            origin, base = stream.start_time or 0, stream.time_base
-            if container.format.name == "avi":  # which knows the order of frames only
-                base = None
-            if base is not None and start > 0:
-                with suppress(FFmpegError):  # a file that cannot seek is read from its beginning
-                    container.seek(origin + int(start / base), stream=stream)
-            time = -between
-            for frame in container.decode(stream):
-                time = time + between if base is None or frame.pts is None else (frame.pts - origin) * base
-                if end is not None and time >= end:
-                    break
-                if start == 0 or time >= start:
-                    yield time, frame
-    except FFmpegError as error:
-        raise ValueError(f"{path} cannot be read as a video ({error.strerror}).") from error
-
-
-def _read_folder(path: Path, start: float, end: float | None) -> Clip:
-    files = _image_files(path)
+def _read_folder(path: Path, start: Fraction, end: Fraction | None, rate: Fraction) -> Clip:
+    files, others = _image_files(path)
     if not files:
         raise ValueError(f"folder {path} holds no images.")
-    first = math.ceil(start * Clip.rate)
-    files = files[first : None if end is None else math.ceil(end * Clip.rate)]
+    files = files[math.ceil(start * rate) : None if end is None else math.ceil(end * rate)]
     if not files:
-        raise ValueError(f"folder {path} holds no images{_between(start, end)}, at {Clip.rate} a second.")
+        raise ValueError(f"folder {path} holds no images{_between(start, end)}, at {float(rate):g} a second.")
     names = [file.stem for file in files]
     frames = Streamed([image_size(file) for file in files], lambda: map(read_image, files))
-    return Clip(frames, names=names if len({*names}) == len(names) else None)
+    notes = ()
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        notes = (f"{path} also holds {others[0]}{more}, no image that can be read: left out.",)
+    return Clip(frames, rate, names if len({*names}) == len(names) else None, notes=notes)
 
 
 def read_masks(path: Path, clip: Clip, feather: float) -> Sequence[Float[Tensor, "1 H W"]]:
@@ -189,30 +203,29 @@ def read_masks(path: Path, clip: Clip, feather: float) -> Sequence[Float[Tensor,
     if not path.is_dir():
         masks = {size: read_mask(path, size, feather) for size in {*sizes}}
         return [masks[size] for size in sizes]
-    files = _image_files(path)
+    files, _ = _image_files(path)
     if len(files) != len(sizes):
         raise ValueError(f"folder {path} holds {len(files)} masks for {len(sizes)} frames.")
     pairs = list(zip(files, sizes, strict=True))
     return Streamed(sizes, lambda: (read_mask(file, size, feather, may_be_black=True) for file, size in pairs))
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """List image files in natural order: 2.png before 10.png."""
-    known = Image.registered_extensions()
-    return sorted(
-        (file for file in folder.iterdir() if file.suffix.lower() in known and not file.name.startswith(".")),
-        key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)],
-    )
+def _image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """List image files in natural order, 2.png before 10.png whatever their case, and the names of other files."""
+    # Formats that PIL opens, but not documents and data it only recognizes: PDF, EPS, MPEG, HDF5.
+    known = {
+        suffix
+        for suffix, name in Image.registered_extensions().items()
+        if name in Image.OPEN and Image.MIME.get(name, "").startswith("image/")
+    }
+    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
 
+    def natural(file: Path) -> tuple[list[str | int], str]:
+        parts = re.split(r"(\d+)", file.name.casefold())
+        return [int(part) if index % 2 else part for index, part in enumerate(parts)], file.name
 
-def _upright(frame: av.VideoFrame) -> Float[Tensor, "3 H W"]:
-    """Convert to RGB in [0, 1], rotated to the orientation in which the camera was held."""
-    array = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
-
-
-def _upright_size(frame: av.VideoFrame) -> Size:
-    return (frame.width, frame.height) if round(frame.rotation / 90) % 2 else (frame.height, frame.width)
+    images = sorted((file for file in files if file.suffix.lower() in known), key=natural)
+    return images, sorted(file.name for file in files if file.suffix.lower() not in known)
 
 
 def write_clip(clip: Clip, path: str | Path, progress: str | None = None) -> None:
@@ -226,7 +239,8 @@ def write_clip(clip: Clip, path: str | Path, progress: str | None = None) -> Non
         _write_folder(bar, clip.names or [f"{i:05d}" for i in range(len(clip.frames))], path)
         return
     with replacing(path) as temporary, av.open(str(temporary), "w") as container:
-        packets = [_picture(container, clip, bar)]
+        container.metadata.update(clip.tags)
+        packets = [_picture(container, clip, _Encoding.of(clip, path), bar)]
         if clip.sound is not None:
             packets.append(_copied_sound(container, clip.sound))
         # In the order of time, so that the container need not hold one stream back until the other is there.
@@ -234,34 +248,103 @@ def write_clip(clip: Clip, path: str | Path, progress: str | None = None) -> Non
             container.mux(packet)
 
 
+class _Encoding(NamedTuple):
+    """The encoder for a clip's pictures, and how it is given them."""
+
+    codec: str
+    pixels: str
+    """FFmpeg's name of the pixel format."""
+    bits: int
+
+    @classmethod
+    def of(cls, clip: Clip, path: Path) -> "_Encoding":
+        """Choose the most that the container, and the encoders of this FFmpeg, can keep."""
+        suffix, (height, width) = path.suffix.lower(), clip.sizes[0]
+        vp9 = suffix == ".webm"
+        # 4:2:0 halves color in both directions; H.264 and H.265 take it in even sizes only. Most players want it.
+        sampling = "444" if not vp9 and (width % 2 or height % 2) else "420"
+        if clip.format.bits > 8:
+            # More players take H.265 in 10 bits than H.264; but AVI does not hold it, and it begins at 16 px.
+            h265 = suffix != ".avi" and min(height, width) >= 16
+            for codec in ("libvpx-vp9",) if vp9 else ("libx265", "libx264") if h265 else ("libx264",):
+                if _encodes(codec, f"yuv{sampling}p10le"):
+                    return cls(codec, f"yuv{sampling}p10le", 10)
+        return cls("libvpx-vp9" if vp9 else "libx264", f"yuv{sampling}p", 8)
+
+    def frame(self, image: Float[Tensor, "3 H W"]) -> av.VideoFrame:
+        if self.bits == 8:
+            picture = av.VideoFrame.from_ndarray(to_array(image), format="rgb24")
+        else:
+            codes = (image.clamp(0, 1) * 65535).round().permute(1, 2, 0).cpu().numpy().astype(np.uint16)
+            picture = av.VideoFrame.from_ndarray(codes, format="rgb48le")
+        return picture.reformat(format=self.pixels, dst_colorspace="ITU709")
+
+
+def _encodes(codec: str, pixels: str) -> bool:
+    """Find out whether this FFmpeg has an encoder, and it takes a pixel format."""
+    try:
+        return pixels in [known.name for known in av.Codec(codec, "w").video_formats or ()]
+    except UnknownCodecError:
+        return False
+
+
+def _time_base(clip: Clip) -> tuple[Fraction, list[int]]:
+    """Choose the fraction of a second to count in, and count when frames are shown, and the last one ends.
+
+    Raises:
+        ValueError: if no file can tell such times.
+    """
+    if clip.times is None:
+        return 1 / clip.rate, [*range(len(clip.frames) + 1)]
+    times = [*clip.times, clip.times[-1] + (clip.last or 1 / clip.rate)]
+    exact = math.lcm(*(time.denominator for time in times))
+    for ticks in (*([exact] if exact <= 1_000_000 else []), 90_000, 1000):
+        counts = [round(time * ticks) for time in times]
+        steps = [b - a for a, b in pairwise(counts)]
+        if min(steps) > 0 and max(steps) < 2**31:  # what MP4 can count
+            return Fraction(1, ticks), counts
+    raise ValueError("a frame is shown for too long, or too short a time, to be written.")
+
+
 _TimedPackets = Iterator[tuple[Fraction, av.Packet]]
 
 
-def _picture(container: OutputContainer, clip: Clip, frames: Iterable[Tensor]) -> _TimedPackets:
+def _picture(container: OutputContainer, clip: Clip, encoding: _Encoding, frames: Iterable[Tensor]) -> _TimedPackets:
     """Add a stream of pictures; returns its packets, and when they are due."""
-    vp9, avi = ("webm" in container.format.name, "avi" in container.format.name)
-    stream = container.add_stream("libvpx-vp9" if vp9 else "libx264", rate=clip.rate)
-    height, width = clip.sizes[0]
-    stream.width, stream.height = width, height
-    # 4:2:0 halves color in both directions and needs even sizes; most players want it.
-    stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
+    stream = cast(VideoStream, container.add_stream(encoding.codec, rate=clip.rate))
+    context = stream.codec_context
+    stream.height, stream.width = clip.sizes[0]
+    stream.pix_fmt = encoding.pixels
     stream.options = {"crf": "16"}
+    if encoding.codec == "libx265":
+        stream.options = {"crf": "16", "x265-params": "log-level=error"}
+        if container.format.name in ("mp4", "mov"):
+            context.codec_tag = "hvc1"  # the only name by which Apple's players take it
     # Said and done in BT.709: untagged, players take large pictures for it and small ones for BT.601.
-    for name in ("colorspace", "color_primaries", "color_trc", "color_range"):
-        setattr(stream.codec_context, name, 1)
-    times = None if avi else clip.times  # AVI knows evenly spaced frames only
-    base = 1 / clip.rate if times is None else TIME_BASE
-    stream.codec_context.time_base = base
+    context.colorspace = context.color_range = 1
+    context.color_primaries, context.color_trc = clip.format.primaries, clip.format.transfer
+    if clip.format.pixel_aspect != 1:
+        context.sample_aspect_ratio = clip.format.pixel_aspect
+    if "avi" in container.format.name:  # AVI knows evenly spaced frames only
+        clip = replace(clip, times=None)
+    base, counts = _time_base(clip)
+    context.time_base = base
+    lasting = {begin: end - begin for begin, end in pairwise(counts)}
 
     def packets() -> Iterator[av.Packet]:
-        for index, frame in enumerate(frames):
-            image = av.VideoFrame.from_ndarray(to_array(frame), format="rgb24")
-            image = image.reformat(format=stream.pix_fmt, dst_colorspace="ITU709")
-            image.pts, image.time_base = index if times is None else round(times[index] / base), base
+        for count, frame in zip(counts[:-1], frames, strict=True):
+            image = encoding.frame(frame)
+            image.pts, image.time_base = count, base
             yield from stream.encode(image)
         yield from stream.encode()
 
-    return (((packet.dts or 0) * base, packet) for packet in packets())
+    def timed() -> _TimedPackets:
+        for packet in packets():
+            if clip.times is not None and packet.pts is not None:  # encoders do not tell how long pictures are shown
+                packet.duration = lasting[packet.pts]
+            yield (packet.dts or 0) * base, packet
+
+    return timed()
 
 
 def _copied_sound(container: OutputContainer, sound: Sound) -> _TimedPackets:
@@ -318,7 +401,33 @@ def check_video_output(path: Path, clip: Clip) -> None:
             raise ValueError(f"output {path} is a folder, but its name ends like a video file's.")
         if len({*clip.sizes}) > 1:
             raise ValueError(f"frames differ in size and cannot become the video {path}; name a folder instead.")
+        _time_base(clip)
     elif path.is_file() or path.suffix[1:].isalpha():
         raise ValueError(f"output {path} must be a folder, or end in one of {', '.join(VIDEO_SUFFIXES)}.")
     elif path.is_dir() and any(path.iterdir()):
         raise ValueError(f"output folder {path} is not empty.")
+
+
+def what_is_lost(clip: Clip, path: Path) -> list[str]:
+    """Find out, before any work is done, what of a clip an output cannot hold; a sentence for each."""
+    bits, aspect, uneven = clip.format.bits, clip.format.pixel_aspect, clip.times is not None
+    suffix = path.suffix.lower()
+    if suffix not in VIDEO_SUFFIXES:
+        lost = {
+            f"the PNG images of {path} have 8 bits a color, the input {bits}.": bits > 8,
+            f"the PNG images of {path} do not say that their pixels are {aspect} times as wide as high.": aspect != 1,
+            f"the PNG images of {path} do not say when they are shown, unevenly as in the input.": uneven,
+        }
+        return [sentence for sentence, applies in lost.items() if applies]
+    encoding = _Encoding.of(clip, path)
+    size = "{1}x{0} px".format(*clip.sizes[0])
+    mute = clip.sound is not None and not sound_fits(clip.sound, path)
+    lost = {
+        f"{suffix} cannot hold the input's {clip.sound and clip.sound.codec} sound; {path} will be silent.": mute,
+        f"{suffix} shows frames evenly; the times of the input's are not kept.": uneven and suffix == ".avi",
+        f"{path} will have {encoding.bits} bits a color, the input has {bits}.": encoding.bits < bits,
+        f"{size} is odd: {suffix} keeps that as 4:4:4, which many players refuse; .webm is shown by more.": (
+            "444" in encoding.pixels
+        ),
+    }
+    return [sentence for sentence, applies in lost.items() if applies]
