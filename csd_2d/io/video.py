@@ -315,9 +315,13 @@ def _picture(container: OutputContainer, clip: Clip, encoding: _Encoding, frames
     context = stream.codec_context
     stream.height, stream.width = clip.sizes[0]
     stream.pix_fmt = encoding.pixels
-    stream.options = {"crf": "16"}
+    if "avi" in container.format.name:  # AVI knows evenly spaced frames only
+        clip = replace(clip, times=None)
+    # MP4 adds up how long a film is in the order of decoding, which is right for uneven times only if that is theirs.
+    ordered = {} if clip.times is None or encoding.codec == "libvpx-vp9" else {"bf": "0"}
+    stream.options = {"crf": "16", **ordered}
     if encoding.codec == "libx265":
-        stream.options = {"crf": "16", "x265-params": "log-level=error"}
+        stream.options["x265-params"] = "log-level=error" + ":bframes=0" * bool(ordered)
         if container.format.name in ("mp4", "mov"):
             context.codec_tag = "hvc1"  # the only name by which Apple's players take it
     # Said and done in BT.709: untagged, players take large pictures for it and small ones for BT.601.
@@ -325,8 +329,6 @@ def _picture(container: OutputContainer, clip: Clip, encoding: _Encoding, frames
     context.color_primaries, context.color_trc = clip.format.primaries, clip.format.transfer
     if clip.format.pixel_aspect != 1:
         context.sample_aspect_ratio = clip.format.pixel_aspect
-    if "avi" in container.format.name:  # AVI knows evenly spaced frames only
-        clip = replace(clip, times=None)
     base, counts = _time_base(clip)
     context.time_base = base
     lasting = {begin: end - begin for begin, end in pairwise(counts)}
@@ -425,6 +427,10 @@ def what_is_lost(clip: Clip, path: Path) -> list[str]:
     lost = {
         f"{suffix} cannot hold the input's {clip.sound and clip.sound.codec} sound; {path} will be silent.": mute,
         f"{suffix} shows frames evenly; the times of the input's are not kept.": uneven and suffix == ".avi",
+        # H.264 and H.265 tell it themselves; VP9 leaves it to the container, which PyAV cannot tell.
+        f"{suffix} is not told that the input's pixels are {aspect} times as wide as high; it will look squeezed.": (
+            aspect != 1 and suffix == ".webm"
+        ),
         f"{path} will have {encoding.bits} bits a color, the input has {bits}.": encoding.bits < bits,
         f"{size} is odd: {suffix} keeps that as 4:4:4, which many players refuse; .webm is shown by more.": (
             "444" in encoding.pixels
