@@ -19,7 +19,7 @@ from importlib.resources import files
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -32,7 +32,7 @@ from csd_2d.evaluate import Learned, Subject, evaluate
 from csd_2d.io.files import replacing
 from csd_2d.io.images import read_image, write_image
 from csd_2d.io.masks import read_mask
-from csd_2d.presets import load_preset
+from csd_2d.presets import load_preset, scene_preset
 from csd_2d.prior import Prior
 
 Kind = Literal["known", "panorama", "video", "scene"]
@@ -75,7 +75,8 @@ class Variant:
     """Settings of `csd_2d.EditConfig` that differ from the preset's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options: of a panorama those of `csd_2d.panorama.PanoramaCanvas` (stride, fade), of a video keyframes, of
-    a scene those of `ns-train csd-edit`'s pipeline (views_per_round), and max_num_iterations."""
+    a scene those of `ns-train csd-edit`'s pipeline (views_per_round), and max_num_iterations, where they differ from
+    the preset's."""
     editor: Editor = "csd"
     """In place of csd: nothing at all, or diffusers' own sampler, both for images with known answers."""
 
@@ -205,6 +206,13 @@ class Cell:
         return variant_config(self.variant, self.grid, self.seed)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The variant's further options; of a scene also those in the preset's section `scene`."""
+        if self.study.kind != "scene":
+            return self.variant.options
+        return scene_preset(self.variant.preset) | self.variant.options
+
+    @property
     def prior(self) -> str | None:
         """Name of the diffusion model that this process loads for it; a scene's run loads its own."""
         if self.study.kind == "scene" or self.variant.editor != "csd":
@@ -215,7 +223,8 @@ class Cell:
     def key(self) -> str:
         """Name of the file that holds its figures: a digest of all that they depend on."""
         shared = {name: getattr(self.study, name) for name in ("kind", "prior", "count", "clip", "method")}
-        parts = [shared, dataclasses.asdict(self.input), dataclasses.asdict(self.variant), vars(self.config)]
+        variant = {**dataclasses.asdict(self.variant), "options": self.options}
+        parts = [shared, dataclasses.asdict(self.input), variant, vars(self.config)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -442,7 +451,7 @@ def _scene(cell: Cell, place: Place) -> Figures:
     edit_scene: EditScene = found[0].load()
     one, study = cell.input, cell.study
     subject = edit_scene(
-        place.data / str(one.path), one.prompt, cell.config, cell.variant.options, study.method, study.prior,
+        place.data / str(one.path), one.prompt, cell.config, cell.options, study.method, study.prior,
         place.folder / "runs" / cell.key, place.device,
     )  # fmt: skip
     subject = dataclasses.replace(subject, captions=_captions(one))
@@ -478,7 +487,7 @@ def _groups(study: Study, rows: Sequence[Row], by_input: bool = True) -> dict[tu
 
 def _spread(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
     values = [row["figures"][name] for row in rows if name in row["figures"]]
-    return (fmean(values), pstdev(values)) if values else None
+    return (fmean(values), stdev(values) if len(values) > 1 else 0.0) if values else None
 
 
 def table(study: Study, rows: Sequence[Row]) -> str:
@@ -532,7 +541,7 @@ def plot(study: Study, rows: Sequence[Row], axes: tuple[str, str], path: Path) -
         seeds = [[row for row in group if row["seed"] == seed] for seed in range(study.seeds)]
         means = [[s[0] for one in seeds if (s := _spread(one, name)) is not None] for name in axes]
         if all(means):
-            x, y = ((fmean(v), pstdev(v) / len(v) ** 0.5) for v in means)
+            x, y = ((fmean(v), stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0) for v in means)
             lines.setdefault(variant, []).append((x, y, ", ".join(map(str, values))))
     for variant, points in lines.items():
         (x, x_bar), (y, y_bar) = (zip(*(point[i] for point in points), strict=True) for i in (0, 1))

@@ -445,10 +445,13 @@ class Eval:
             print(f"CLIP: {self.clip} (--clip small takes 0.6 GB, none leaves it out)", file=sys.stderr)
         networks = Learned(None if self.clip == "none" else self.clip, device, self.local_files_only)
         evaluation = evaluate(subject, networks, progress="measuring")
-        settings = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        unused = () if subject.kind == "scene" else ("views",)
+        settings = {k: value for k, value in vars(self).items() if value not in (None, (), False) and k not in unused}
         title = self.target_caption or f"{_shown(self.before)} → {_shown(self.after)}"
         write_report(evaluation, subject, self.output, title, settings | {"device": device})
         print(terminal_table(evaluation))
+        if evaluation.value("change") == 0:
+            print("csd: the edit changes nothing: BEFORE and AFTER are alike.", file=sys.stderr)
         return str(self.output / "report.html")
 
     def _subject(self, device: str) -> "Subject":
@@ -464,14 +467,13 @@ class Eval:
             novel_views = _scene_command("novel-views", "csd eval of a run")
             return replace(novel_views(self.before, self.after, self.views, device), captions=captions)
         clips = [_read_images(path) for path in (self.before, self.after, *self.answer)]
-        kind = self.kind or _kind(self.before, clips[0])
-        mask = self.mask
-        if mask is None:
-            masks = None
-        elif len(clips[0].frames) == 1:
-            masks = [read_mask(mask, clips[0].sizes[0])]
-        else:
-            masks = read_masks(mask, clips[0], 0.0)
+        wide = self.wrap or self.seam_every is not None
+        kind = self.kind or _kind(self.before, clips[0], wide)
+        if wide and kind != "panorama":
+            raise ValueError(f"--wrap and --seam-every are for panoramas; {self.before} is taken for {kind}.")
+        if self.seam_every is not None and self.seam_every < 2:
+            raise ValueError(f"seam-every must be at least 2 px, got {self.seam_every}.")
+        masks = None if self.mask is None else read_masks(self.mask, clips[0], 0.0)
         return Subject(
             kind,
             *(clip.frames for clip in clips[:2]),
@@ -496,11 +498,11 @@ def _read_images(path: Path) -> "Clip":
     return Clip([read_image(path)]) if single else read_clip(path)
 
 
-def _kind(path: Path, clip: "Clip") -> Literal["images", "panorama", "video"]:
-    """Guess how images belong together."""
+def _kind(path: Path, clip: "Clip", wide: bool) -> Literal["images", "panorama", "video"]:
+    """Guess how images belong together; `wide`: an option says that an image is a panorama."""
     if len(clip.frames) == 1 and not path.is_dir():
         height, width = clip.sizes[0]
-        return "panorama" if width >= 2 * height else "images"
+        return "panorama" if wide or width >= 2 * height else "images"
     return "video" if len({*clip.sizes}) == 1 else "images"
 
 

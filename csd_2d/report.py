@@ -39,14 +39,15 @@ def number(value: float | None) -> str:
 
 
 def terminal_table(evaluation: Evaluation) -> str:
-    """Write metrics as lines: name, edit, source, which values are good; and what is not available, and why."""
+    """Write metrics as lines: name, edit, source, which values are good; below, what is not available, and why."""
     lines = [f"{'':24}{'edit':>10}{'source':>10}  good"]
+    missing: dict[str, list[str]] = {}
     for row in evaluation.rows:
         if row.missing is None:
             lines.append(f"{row.name:24}{number(row.value):>10}{number(row.source):>10}  {row.good}".rstrip())
         else:
-            lines.append(f"{row.name:24}not available: {row.missing}")
-    return "\n".join(lines)
+            missing.setdefault(row.missing, []).append(row.name)
+    return "\n".join([*lines, *(f"{', '.join(names)} not available: {why}" for why, names in missing.items())])
 
 
 def write_report(

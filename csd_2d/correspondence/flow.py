@@ -4,6 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -81,20 +82,19 @@ def flow_is_available() -> bool:
     return True
 
 
+RAFT = {"raft_large": "raft_large_C_T_SKHT_V2-ff5fadd5.pth", "raft_small": "raft_small_C_T_V2-01064c6d.pth"}
+"""Files of torchvision's weights; asking torchvision for their names takes seconds."""
+
+
 @cache
 def _raft(device: str) -> nn.Module | None:
     """Load torchvision's RAFT, preferably the large one; None if the weights of neither are here."""
-    try:
-        from torchvision.models import optical_flow as models
-    except ImportError:
-        return None
-    for build, weights in (
-        (models.raft_large, models.Raft_Large_Weights.DEFAULT),
-        (models.raft_small, models.Raft_Small_Weights.DEFAULT),
-    ):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        if path.is_file():
-            model = build()
+    for name, file in RAFT.items():
+        path = Path(torch.hub.get_dir()) / "checkpoints" / file
+        if path.is_file() and find_spec("torchvision") is not None:
+            from torchvision.models import optical_flow as models
+
+            model = getattr(models, name)()
             try:
                 model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             except Exception as error:  # a broken file surfaces as anything from EOFError to UnpicklingError

@@ -5,6 +5,7 @@ Networks come from a hub or a local folder. Where one cannot be had, loading it 
 
 import math
 from http.client import HTTPException
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,11 @@ class Clip:
 
 def _read_clip(place: str, device: str | torch.device, local_files_only: bool) -> tuple[Any, Any]:
     """Read the model and its tokenizer. ValueError for weights that are not all there, which would be random."""
+    if local_files_only and not Path(place).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        if not isinstance(try_to_load_from_cache(place, "config.json"), str):  # before an import of seconds
+            raise ValueError("the hub's cache does not hold it")
     from transformers import AutoTokenizer, CLIPModel
 
     half = torch.device(device).type == "cuda"
@@ -161,12 +167,8 @@ class Lpips:
         local_files_only: bool = False,
         network: Literal["alex", "vgg"] = "alex",
     ) -> None:
-        try:
-            from torchvision.models import AlexNet_Weights, VGG16_Weights
-        except ImportError as error:
-            raise ImportError('LPIPS needs torchvision: pip install "csd-edit[metrics]".') from error
         # Read here, and once more by torchmetrics, which would run code that a file holds.
-        _weights({"alex": AlexNet_Weights, "vgg": VGG16_Weights}[network].IMAGENET1K_V1, local_files_only)
+        _weights({"alex": "alexnet", "vgg": "vgg16"}[network], local_files_only)
         try:  # after the weights, for it takes seconds to import
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
         except ImportError as error:
@@ -194,11 +196,9 @@ class Style:
     """The first five convolutions, before their ReLU: conv1_1, 1_2, 2_1, 2_2, 3_1."""
 
     def __init__(self, device: str | torch.device = "cpu", local_files_only: bool = False) -> None:
-        try:
-            from torchvision.models import VGG19_Weights, vgg19
-        except ImportError as error:
-            raise ImportError('the style metric needs torchvision: pip install "csd-edit[metrics]".') from error
-        weights = _weights(VGG19_Weights.IMAGENET1K_V1, local_files_only)
+        weights = _weights("vgg19", local_files_only)
+        from torchvision.models import vgg19  # after the weights, for it takes seconds to import
+
         with torch.device("meta"):  # weights that would be replaced take seconds to draw
             network = vgg19()
         network.load_state_dict(weights, assign=True)
@@ -246,20 +246,35 @@ def intra_lpips(windows: Float[Tensor, "n 3 s s"], distance: Any) -> float:
     return sum(distance(a, b) for a, b in pairs) / len(pairs)
 
 
-def _weights(weights: Any, local_files_only: bool) -> dict[str, Tensor]:
-    """Read torchvision's weights from torch.hub's cache, where they are downloaded to. OSError if that is impossible.
+WEIGHTS = {
+    "alexnet": "alexnet-owt-7be5be79.pth",
+    "vgg16": "vgg16-397923af.pth",
+    "vgg19": "vgg19-dcbb9e9d.pth",
+}
+"""Files of torchvision's weights. To ask torchvision for their names takes seconds: longer than to measure a video."""
+
+
+def _weights(network: str, local_files_only: bool) -> dict[str, Tensor]:
+    """Read torchvision's weights from torch.hub's cache, where they are downloaded to.
 
     The cache is the folder hub/checkpoints in the one that TORCH_HOME names.
+
+    Raises:
+        ImportError: without torchvision.
+        OSError: if they cannot be had.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if find_spec("torchvision") is None:
+        raise ImportError('the metric needs torchvision: pip install "csd-edit[metrics]".')
+    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS[network]
+    url = f"https://download.pytorch.org/models/{path.name}"
     absent = f"{path.name} is not in torch.hub's cache, {path.parent}"
     if not path.is_file():
         if local_files_only:
             raise OSError(f"{absent}, and nothing is downloaded.")
         try:
-            urlopen(weights.url, timeout=HUB_TIMEOUT).close()  # the download itself would wait for minutes
+            urlopen(url, timeout=HUB_TIMEOUT).close()  # the download itself would wait for minutes
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=path.stem.split("-")[-1])
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.split("-")[-1])
         except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: other content than expected
             raise OSError(f"{absent}, and could not be downloaded ({error}).") from error
     try:

@@ -49,11 +49,20 @@ def test_rows_tables_and_plot(quick, tmp_path):
     assert {row["seed"] for row in read} == {"0", "1"}
     text = (tmp_path / "table.md").read_text()
     numbers = [row["figures"]["psnr"] for row in best if "night" in row["input"]]
-    mean, spread = sum(numbers) / 2, abs(numbers[0] - numbers[1]) / 2
+    mean, spread = sum(numbers) / 2, abs(numbers[0] - numbers[1]) / 2**0.5
     assert "| default | 1.0 | " in text and f"{mean:.3g} ± {spread:.2g}" in text
     assert Image.open(tmp_path / "tradeoff.png").size == (1050, 750)
     assert len(list((tmp_path / "pictures").iterdir())) == 8
     assert json.loads((tmp_path / "study.json").read_text())["study"]["seeds"] == 2
+
+
+def test_a_preset_of_scenes_sets_their_rounds():
+    variants = {"paper": Variant(preset="paper"), "short": Variant(preset="paper", options={"max_num_iterations": 6})}
+    paper, short = cells(Study("scene", [Input(path="config.yml", prompt="x")], variants, seeds=1))
+    assert paper.options == {"views_per_round": 16, "steps_per_round": 2000, "max_num_iterations": 30000}
+    assert short.options == {**paper.options, "max_num_iterations": 6} and short.key != paper.key
+    panorama = Study("panorama", [Input(path="a.png", prompt="x")], variants, seeds=1)
+    assert cells(panorama)[0].options == {}
 
 
 def test_what_is_measured_is_not_measured_again(quick, tmp_path, monkeypatch):

@@ -1,16 +1,20 @@
 """Metrics on images made so that the value is known, or made worse on purpose."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from csd_2d.blur import gaussian_blur
+from csd_2d.correspondence.flow import RAFT
 from csd_2d.evaluate import Learned, Subject, evaluate
 from csd_2d.metrics.consistency import ghosting, reprojection, seam, warp_error, wrap_seam
 from csd_2d.metrics.fidelity import error_ghosting
 from csd_2d.metrics.learned import (
+    WEIGHTS,
     Clip,
     Lpips,
     Style,
@@ -418,6 +422,28 @@ def weights(tmp_path, monkeypatch):
         return path
 
     return models, save
+
+
+def test_the_files_of_weights_are_torchvisions():
+    from torchvision import models
+    from torchvision.models import optical_flow
+
+    for module, files in ((models, WEIGHTS), (optical_flow, RAFT)):
+        for name, file in files.items():
+            default = "DEFAULT" if module is optical_flow else "IMAGENET1K_V1"
+            weights = getattr(models.get_model_weights(name), default)
+            assert weights.url == f"https://download.pytorch.org/models/{file}"
+
+
+def test_without_weights_torchvision_is_not_imported():
+    code = (
+        "import sys, torch\n"
+        "from csd_2d.evaluate import Subject, evaluate\n"
+        "frames = list(torch.rand(2, 3, 32, 32))\n"
+        "evaluate(Subject('video', frames, frames))\n"
+        "assert 'torchvision' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_lpips_reads_weights_from_the_folder_and_refuses_broken_ones(weights):

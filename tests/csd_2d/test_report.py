@@ -65,7 +65,10 @@ def test_a_panorama(files, capsys):
     assert labels == ["panorama", "mask of panorama, beside the edit", "left and right border, joined in the middle"]
     assert data["title"] == "</script> at night"
     output = capsys.readouterr().out
-    assert re.search(r"SSIM to the source +0\.\d+", output) and "not available: left out by --clip none." in output
+    assert (
+        re.search(r"SSIM to the source +0\.\d+", output)
+        and "CLIP image similarity not available: left out by --clip none." in output
+    )
     assert f"wrote {files / 'report' / 'report.html'}" in output
 
 
@@ -77,6 +80,30 @@ def test_a_video_and_a_folder(files):
         assert rows["change"]["value"] > 0.05
         assert len(embedded(files / "report")["pictures"]) == 4
     assert "warp error" not in evaluated(files, files / "frames", files / "edited", "--kind", "images")[1]
+
+
+def test_wrong_inputs_are_told(files, capsys):
+    frames, edited, day, night = (str(files / name) for name in ("frames", "edited", "day.png", "night.png"))
+    for arguments, message in (
+        ([frames, edited, "--wrap"], "--wrap and --seam-every are for panoramas"),
+        ([day, night, "--seam-every", "0"], "seam-every must be at least 2 px, got 0"),
+        ([day, night, "--mask", frames], "holds 4 masks for 1 frame"),
+        ([frames, day], "got 1 and 4"),
+        ([day, frames], "got 4 and 1"),
+        ([day, str(files / "none.png")], "no such image"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            evaluated(files, *arguments)
+    evaluated(files, day, day)
+    assert "BEFORE and AFTER are alike" in capsys.readouterr().err
+
+
+def test_a_square_picture_that_wraps_is_a_panorama(files):
+    for name in ("day", "night"):
+        write_image(read_image(files / f"{name}.png")[..., :64], files / f"{name}.png")
+    report, rows = evaluated(files, files / "day.png", files / "night.png", "--wrap")
+    assert report["kind"] == "panorama" and rows["wrap seam"]["value"] is not None
+    assert "views" not in report["settings"]
 
 
 def test_images_of_several_sizes_are_no_video(files):
