@@ -91,6 +91,11 @@ def usable_rates(stream: VideoStream) -> list[Fraction]:
     return [rate for rate in rates if Fraction(1, 3600) <= rate <= 1000] or [DEFAULT_RATE]
 
 
+def opened(path: Path) -> InputContainer:
+    """Open a file; titles of no known encoding, which old files have, do not stand in the way."""
+    return av.open(str(path), metadata_errors="replace")
+
+
 def video_stream(container: InputContainer, path: Path) -> VideoStream:
     """Find the pictures that are the film, not a cover or a thumbnail. ValueError if there are none."""
     films = [stream for stream in container.streams.video if not _is_picture(stream)]
@@ -110,7 +115,7 @@ def shown(path: Path, start: Fraction, end: Fraction | None) -> Iterator[Shown]:
     one that is on screen at `start`, shown from then on.
     """
     try:
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             stream = video_stream(container, path)
             stream.thread_type = "AUTO"
             clock = _Clock(container, stream)
@@ -126,7 +131,7 @@ def _sought(container: InputContainer, stream: VideoStream, clock: _Clock, start
         yield from map(clock.read, container.decode(stream))
         return
     with suppress(FFmpegError):  # a file that cannot seek is read from its beginning
-        container.seek(clock.origin + int(start / clock.base), stream=stream)
+        container.seek(min(clock.origin + int(start / clock.base), 2**62), stream=stream)
     frames = map(clock.read, container.decode(stream))
     first = next(frames, None)
     if first is None or first.time > start:  # files are sought by the order of decoding, or beyond their last frame
@@ -169,7 +174,7 @@ def looks(path: Path, frame: av.VideoFrame) -> Looks:
     Raises:
         ValueError: if their colors cannot be read.
     """
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         stream = video_stream(container, path)
         context, said_aspect = stream.codec_context, stream.sample_aspect_ratio
         primaries, transfer = int(context.color_primaries), int(context.color_trc)

@@ -24,7 +24,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from csd_2d.io.decode import DEFAULT_RATE, Format, looks, shown, to_tensor, upright_size, usable_rates, video_stream
+from csd_2d.io.decode import (
+    DEFAULT_RATE,
+    Format,
+    looks,
+    opened,
+    shown,
+    to_tensor,
+    upright_size,
+    usable_rates,
+    video_stream,
+)
 from csd_2d.io.files import replacing
 from csd_2d.io.images import SMALLEST, image_size, read_image, to_array, write_image
 from csd_2d.io.masks import read_mask
@@ -143,7 +153,7 @@ def _read_file(path: Path, start: Fraction, end: Fraction | None) -> Clip:
         raise ValueError(f"{path} holds no video frames{_between(start, end)}.")
     if min(map(min, sizes)) < SMALLEST:
         raise ValueError(f"frames of {path} are too small; both sides must be at least {SMALLEST} px.")
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         stream = video_stream(container, path)
         rates = usable_rates(stream)
         origin = (stream.start_time or 0) * (stream.time_base or 0)
@@ -298,10 +308,11 @@ def _time_base(clip: Clip) -> tuple[Fraction, list[int]]:
         return 1 / clip.rate, [*range(len(clip.frames) + 1)]
     times = [*clip.times, clip.times[-1] + (clip.last or 1 / clip.rate)]
     exact = math.lcm(*(time.denominator for time in times))
-    for ticks in (*([exact] if exact <= 1_000_000 else []), 90_000, 1000):
+    for ticks in (*([exact] if exact <= 1_000_000 else []), 90_000, 10_000):
         counts = [round(time * ticks) for time in times]
         steps = [b - a for a, b in pairwise(counts)]
-        if min(steps) > 0 and max(steps) < 2**31:  # what MP4 can count
+        # MP4 counts in 32 bits, and FFmpeg doubles its ticks until there are 10,000 a second.
+        if min(steps) > 0 and max(steps) * (1 if ticks >= 10_000 else 20_000 / ticks) < 2**31:
             return Fraction(1, ticks), counts
     raise ValueError("a frame is shown for too long, or too short a time, to be written.")
 
@@ -351,7 +362,7 @@ def _picture(container: OutputContainer, clip: Clip, encoding: _Encoding, frames
 
 def _copied_sound(container: OutputContainer, sound: Sound) -> _TimedPackets:
     """Add a stream for a clip's sound; returns its packets, unchanged, and when they are due."""
-    source = av.open(str(sound.path))
+    source = opened(sound.path)
     stream = source.streams.audio[0]
     copy = container.add_stream_from_template(stream)
     base = stream.time_base
@@ -403,7 +414,8 @@ def check_video_output(path: Path, clip: Clip) -> None:
             raise ValueError(f"output {path} is a folder, but its name ends like a video file's.")
         if len({*clip.sizes}) > 1:
             raise ValueError(f"frames differ in size and cannot become the video {path}; name a folder instead.")
-        _time_base(clip)
+        if path.suffix.lower() != ".avi":
+            _time_base(clip)
     elif path.is_file() or path.suffix[1:].isalpha():
         raise ValueError(f"output {path} must be a folder, or end in one of {', '.join(VIDEO_SUFFIXES)}.")
     elif path.is_dir() and any(path.iterdir()):

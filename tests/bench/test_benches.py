@@ -19,6 +19,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "distill_memory": {"counts": (1,), "size": (16, 16)},
     "ranks": {"sizes": (1,), "steps": 1, "tasks": ("pixel frames",)},
     "speed": {"tasks": ("frames",), "count": 2, "batch": 2, "steps": 2, "image_guidance_scales": (1.0,)},
+    "video_files": {"count": 2, "size": (32, 16), "turns": 1},
     "video_memory": {"counts": (2, 3), "steps": 1, "priors": ("analytic",)},
 }
 

@@ -454,6 +454,43 @@ def test_files_cut_short_are_read_or_named(tmp_path, suffix, share):
         assert str(path) in str(error)
 
 
+def test_parts_beyond_all_numbers_are_named(tmp_path):
+    path = film(tmp_path / "in.mp4", gray(3))
+    with pytest.raises(ValueError, match=r"holds no video frames from second 1e\+300"):
+        read_clip(path, 1e300)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_the_longest_slide_is_written_or_refused_before_work(tmp_path, suffix):
+    for days in (1, 2, 3, 20):
+        clip = Clip([torch.zeros(3, 16, 16)] * 2, times=[Fraction(0), days * Fraction(86_400)])
+        try:
+            check_video_output(tmp_path / f"a{suffix}", clip)
+        except ValueError:
+            assert days > 2
+        else:
+            write_clip(clip, tmp_path / f"a{suffix}")
+            assert read_clip(tmp_path / f"a{suffix}").times == clip.times
+
+
+def test_a_title_of_another_alphabet_does_not_stand_in_the_way(tmp_path):
+    write_clip(Clip([torch.zeros(3, 16, 16)] * 2, tags={"title": "Schwaene"}), tmp_path / "a.avi")
+    latin = (tmp_path / "a.avi").read_bytes().replace(b"Schwaene", "Schw\xe4ne ".encode("latin-1"))
+    (tmp_path / "a.avi").write_bytes(latin)
+    assert read_clip(tmp_path / "a.avi").tags["title"].startswith("Schw")
+
+
+def test_covers_are_no_films(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream: Any = container.add_stream("mjpeg", rate=1)
+        stream.height, stream.width, stream.pix_fmt, stream.disposition = 16, 16, "yuvj420p", 1024
+        picture = av.VideoFrame.from_ndarray(gray(1, 16, 16)[0]).reformat(format="yuvj420p")
+        container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    with pytest.raises(ValueError, match="holds no video"):
+        read_clip(tmp_path / "a.mp4")
+
+
 def test_a_matrix_of_zeros_changes_nothing(tmp_path):
     clip = read_clip(film(tmp_path / "in.mov", [CORNERS], matrix=[0] * 9))
     assert (
