@@ -1,5 +1,6 @@
 """Settings of an edit."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -61,10 +62,12 @@ class EditConfig:
     steps: int = 30
     """Optimizer steps (paper: 200). Every particle takes part in each, unless `batch` says otherwise."""
     lr: float | None = None
-    """Learning rate of SGD on the latents (paper: 2). Default: 8 / steps, but at most 1, so that more steps average
-    over more noise and go no further; with `batch` 8 / the steps that a particle takes part in."""
-    lr_decay: float = 1.0
-    """Factor on the learning rate every `lr_decay_every` steps (authors' code: 0.9)."""
+    """Learning rate of SGD on the latents (paper: 2). Default: 12 / steps, but at most 1, so that more steps average
+    over more noise and go no further; with `batch` 12 / the steps that a particle takes part in."""
+    lr_decay: float | None = None
+    """Factor on the learning rate every `lr_decay_every` steps (authors' code: 0.9). Default: exp(-1.5 / steps) every
+    step. An edit is decided under strong noise. Under weak noise a model asks for a little more of what the image shows
+    already, which large steps would add up."""
     lr_decay_every: int = 20
     """Steps between two decays of the learning rate (authors' code: 20)."""
     batch: int | None = None
@@ -131,7 +134,12 @@ class EditConfig:
     @property
     def learning_rate(self) -> float:
         """The learning rate, `lr` or its default where all particles take part in every step."""
-        return min(8 / self.steps, 1.0) if self.lr is None else self.lr
+        return min(12 / self.steps, 1.0) if self.lr is None else self.lr
+
+    @property
+    def decay(self) -> tuple[int, float]:
+        """The number of steps from one decay of the learning rate to the next, and its factor, or their defaults."""
+        return (1, math.exp(-1.5 / self.steps)) if self.lr_decay is None else (self.lr_decay_every, self.lr_decay)
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

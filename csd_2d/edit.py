@@ -39,7 +39,7 @@ class Edit(EditLoss):
         super().__init__(particles, prior, prompt, config, **options)
         self._learning_rate = self._schedule.learning_rate(self.config)
         self._optimizer = torch.optim.SGD(particles.parameters(), lr=self._learning_rate)
-        self._scheduler = StepLR(self._optimizer, self.config.lr_decay_every, self.config.lr_decay)
+        self._scheduler = StepLR(self._optimizer, *self.config.decay)
 
     @property
     def done(self) -> bool:
