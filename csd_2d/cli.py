@@ -19,7 +19,7 @@ from csd_2d import ranks
 from csd_2d.config import EditConfig, check_replaced
 from csd_2d.errors import one_sentence
 from csd_2d.generate import GENERATE, generate
-from csd_2d.io.images import IMAGE_SUFFIXES, read_image, write_image
+from csd_2d.io.images import IMAGE_SUFFIXES, LOSSY_SUFFIXES, read_image, read_picture, write_image
 from csd_2d.io.masks import read_mask
 from csd_2d.loss import check_prompt
 from csd_2d.metrics.consistency import wrap_seam
@@ -188,8 +188,11 @@ class Panorama:
         from csd_2d.panorama import edit_panorama
 
         _check_image_output(self.output, self.input)
-        image = read_image(self.input)
-        options = self.options
+        options, picture = self.options, read_picture(self.input)
+        image = picture.rgb
+        _say_lost(self.input, self.output, picture.carried.lost_in(self.output.suffix), options.mask)
+        if not self.wrap and b"equirectangular" in (picture.carried.xmp or b""):
+            _say(f"{self.input} says that it is a 360 degree image; --wrap makes its left and right border fit.")
         height, width = image.shape[-2:]
         mask = None if options.mask is None else read_mask(options.mask, (height, width), options.feather)
         regions = None if self.regions is None else [read_mask(path, (height, width)) for path in self.regions]
@@ -213,7 +216,7 @@ class Panorama:
                 fade=self.fade,
             )
             if ranks.rank() == 0:
-                write_image(edited, self.output)
+                write_image(edited, self.output, picture)
         if self.wrap and ranks.rank() == 0:
             print(f"seam at the border: {wrap_seam(edited):.2f}, the source's {wrap_seam(image):.2f} (1: none)")
         return f"{self.output} ({width}x{height} px)"
@@ -289,13 +292,26 @@ class Video:
         print(f"flicker: {after:.1f} gray levels, the source's {before:.1f}{hint}")
 
 
+def _say(sentence: str) -> None:
+    if ranks.rank() == 0:
+        print(f"csd: {sentence}", file=sys.stderr)
+
+
+def _say_lost(source: Path, output: Path, lost: Sequence[str], mask: Path | None = None) -> None:
+    """Say, before any work is done, what of the input the output cannot keep."""
+    lost = list(lost)
+    if mask is not None and output.suffix.lower() in LOSSY_SUFFIXES:
+        lost.append("what the mask keeps is compressed with loss")
+    if lost:
+        _say(f"{output} will not keep all of {source}: {'; '.join(lost)}.")
+
+
 def _say_what_is_lost(clip: "Clip", output: Path) -> None:
     """Print what of a clip is changed or cannot be kept; sound that cannot is dropped."""
     from csd_2d.io.video import sound_fits, what_is_lost
 
-    if ranks.rank() == 0:
-        for sentence in (*clip.notes, *what_is_lost(clip, output)):
-            print(f"csd: {sentence}", file=sys.stderr)
+    for sentence in (*clip.notes, *what_is_lost(clip, output)):
+        _say(sentence)
     if clip.sound is not None and not sound_fits(clip.sound, output):
         clip.sound = None
 

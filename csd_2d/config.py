@@ -144,6 +144,7 @@ class EditConfig:
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     whole = name in _WHOLE
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high:  # type: ignore[operator]  # NaN is not in any range
-        raise ValueError(f"{name} must be {'a whole number ' if whole else ''}from {low} to {high}, got {value}.")
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    kind = "a whole number " if whole else "" if is_number else "a number "
+    if not is_number or not low <= value <= high:  # type: ignore[operator]  # NaN is not in any range
+        raise ValueError(f"{name} must be {kind}from {low} to {high}, got {value!r}.")

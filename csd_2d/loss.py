@@ -22,8 +22,8 @@ Prompt = str | Sequence[str]
 
 def check_prompt(prompt: Prompt) -> list[str]:
     """Return the instructions as a list. Raises ValueError if there is none, or one is empty."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts or not all(prompt.strip() for prompt in prompts):
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError("prompt is empty; say what to change, e.g. 'make it night'.")
     return prompts
 

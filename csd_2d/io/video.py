@@ -5,6 +5,7 @@ import math
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -36,8 +37,9 @@ from csd_2d.io.decode import (
     video_stream,
 )
 from csd_2d.io.files import replacing
-from csd_2d.io.images import SMALLEST, image_size, read_image, to_array, write_image
+from csd_2d.io.images import SMALLEST, Picture, read_header, read_picture, to_array, write_image
 from csd_2d.io.masks import read_mask
+from csd_2d.io.metadata import Carried
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 KEPT_TAGS = ("title", "artist", "comment", "copyright", "creation_time", "date", "description", "location")
@@ -100,6 +102,15 @@ class Clip:
     """What the file says of itself: title, date, place."""
     notes: tuple[str, ...] = ()
     """Sentences on what of the source is changed or not read."""
+    files: list[Path] | None = None
+    """Images that the frames are read from, of clips that came from a folder."""
+    carried: list[Carried] | None = None
+    """What each of these carries beside its colors."""
+
+    def lost_in(self, suffix: str) -> list[str]:
+        """Say what files with that suffix cannot keep of the images that the frames are read from."""
+        counts = Counter(loss for carried in self.carried or [] for loss in {*carried.lost_in(suffix)})
+        return [f"{loss} (of {count} frames)" if count > 1 else loss for loss, count in counts.items()]
 
     @property
     def sizes(self) -> list[Size]:
@@ -193,15 +204,17 @@ def _read_folder(path: Path, start: Fraction, end: Fraction | None, rate: Fracti
     if not files:
         raise ValueError(f"folder {path} holds no images{_between(start, end)}, at {float(rate):g} a second.")
     names = [file.stem for file in files]
-    frames = Streamed([image_size(file) for file in files], lambda: map(read_image, files))
+    carried = [read_header(file) for file in files]
+    frames = Streamed([one.size for one in carried], lambda: (read_picture(file).rgb for file in files))
     notes = ()
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         notes = (f"{path} also holds {others[0]}{more}, no image that can be read: left out.",)
-    return Clip(frames, rate, names if len({*names}) == len(names) else None, notes=notes)
+    names = names if len({*names}) == len(names) else None
+    return Clip(frames, rate, names, notes=notes, files=files, carried=carried)
 
 
-def read_masks(path: Path, clip: Clip, feather: float) -> Sequence[Float[Tensor, "1 H W"]]:
+def read_masks(path: str | Path, clip: Clip, feather: float) -> Sequence[Float[Tensor, "1 H W"]]:
     """Read one mask for all frames, or a folder with one for each, in the frames' order; see `read_mask`.
 
     Masks of a folder are `Streamed`, and may be black for frames that do not show what is edited.
@@ -209,7 +222,7 @@ def read_masks(path: Path, clip: Clip, feather: float) -> Sequence[Float[Tensor,
     Raises:
         ValueError: if a folder holds more or fewer masks than there are frames, or as `read_mask` raises.
     """
-    sizes = clip.sizes
+    path, sizes = Path(path), clip.sizes
     if not path.is_dir():
         masks = {size: read_mask(path, size, feather) for size in {*sizes}}
         return [masks[size] for size in sizes]
@@ -227,7 +240,7 @@ def _image_files(folder: Path) -> tuple[list[Path], list[str]]:
         suffix
         for suffix, name in Image.registered_extensions().items()
         if name in Image.OPEN and Image.MIME.get(name, "").startswith("image/")
-    }
+    } | {".heic", ".heif"}  # which a package adds that is found when one is read
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
 
     def natural(file: Path) -> tuple[list[str | int], str]:
@@ -246,8 +259,10 @@ def write_clip(clip: Clip, path: str | Path, progress: str | None = None) -> Non
     path = Path(path)
     bar = tqdm(clip.frames, progress, disable=progress is None, leave=False, unit="frame")
     if path.suffix.lower() not in VIDEO_SUFFIXES:
-        _write_folder(bar, clip.names or [f"{i:05d}" for i in range(len(clip.frames))], path)
+        _write_folder(bar, clip, path)
         return
+    if any(one.alpha for one in clip.carried or []):
+        bar = map(_on_white, bar, clip.files or [])
     with replacing(path) as temporary, av.open(str(temporary), "w") as container:
         container.metadata.update(clip.tags)
         packets = [_picture(container, clip, _Encoding.of(clip, path), bar)]
@@ -398,13 +413,26 @@ def sound_fits(sound: Sound, path: Path) -> bool:
     return True
 
 
-def _write_folder(frames: Iterable[Tensor], names: Sequence[str], path: Path) -> None:
+def _write_folder(frames: Iterable[Tensor], clip: Clip, path: Path) -> None:
+    names = clip.names or [f"{i:05d}" for i in range(len(clip.frames))]
+    origins = zip(clip.files or [None] * len(names), clip.carried or [None] * len(names), strict=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         folder = Path(temporary) / path.name
-        for name, frame in zip(names, frames, strict=True):
-            write_image(frame, folder / f"{name}.png")
+        for name, frame, (file, carried) in zip(names, frames, origins, strict=True):
+            write_image(frame, folder / f"{name}.png", _source(file, carried, frame))
         os.replace(folder, path)  # an empty folder is replaced, one with files raises
+
+
+def _on_white(frame: Float[Tensor, "3 H W"], file: Path) -> Float[Tensor, "3 H W"]:
+    return replace(read_picture(file), rgb=frame).on_white()
+
+
+def _source(file: Path | None, carried: Carried | None, frame: Tensor) -> Picture | None:
+    """Return what an edited frame takes over from its file, which is read again only if its pixels are needed."""
+    if file is None or carried is None:
+        return None
+    return read_picture(file) if carried.alpha or carried.colors else Picture(frame, carried)
 
 
 def check_video_output(path: Path, clip: Clip) -> None:
@@ -426,8 +454,10 @@ def what_is_lost(clip: Clip, path: Path) -> list[str]:
     """Find out, before any work is done, what of a clip an output cannot hold; a sentence for each."""
     bits, aspect, uneven = clip.format.bits, clip.format.pixel_aspect, clip.times is not None
     suffix = path.suffix.lower()
+    images = clip.lost_in(".png" if suffix not in VIDEO_SUFFIXES else ".bmp")  # a video holds as little as that
     if suffix not in VIDEO_SUFFIXES:
         lost = {
+            f"{path} will not keep all of the input's images: {'; '.join(images)}.": bool(images),
             f"the PNG images of {path} have 8 bits a color, the input {bits}.": bits > 8,
             f"the PNG images of {path} do not say that their pixels are {aspect} times as wide as high.": aspect != 1,
             f"the PNG images of {path} do not say when they are shown, unevenly as in the input.": uneven,
@@ -437,6 +467,7 @@ def what_is_lost(clip: Clip, path: Path) -> list[str]:
     size = "{1}x{0} px".format(*clip.sizes[0])
     mute = clip.sound is not None and not sound_fits(clip.sound, path)
     lost = {
+        f"{path} will not keep all of the input's images: {'; '.join(images)}.": bool(images),
         f"{suffix} cannot hold the input's {clip.sound and clip.sound.codec} sound; {path} will be silent.": mute,
         f"{suffix} shows frames evenly; the times of the input's are not kept.": uneven and suffix == ".avi",
         # H.264 and H.265 tell it themselves; VP9 leaves it to the container, which PyAV cannot tell.

@@ -32,13 +32,14 @@ FAMILIES: dict[str, type[DiffusersPrior]] = {
 def load_prior(
     name: str,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     micro_batch: int = 8,
     offload: bool = False,
     local_files_only: bool = False,
     source_prompt: str | None = None,
     compile: bool = False,
     attention: str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
 ) -> Prior:
     """Load a prior by its name.
 
@@ -46,18 +47,20 @@ def load_prior(
         name: `tiny` (ships with this package), `analytic`, `ip2p`, `sd` (text-to-image), or a folder or hub id with a
             diffusers pipeline: InstructPix2Pix, its XL and CosXL-Edit, text-to-image Stable Diffusion and its XL, or
             FLUX.1 Kontext. Which of them it is, its `model_index.json` says.
-        dtype, micro_batch, offload, local_files_only: see `DiffusersPrior.from_pretrained`; the analytic prior has no
-            weights and needs none of these, nor the last two.
+        dtype: precision of the weights, also by its name, "float16". Default: see `DiffusersPrior.from_pretrained`.
+        micro_batch, offload, local_files_only: see `DiffusersPrior.from_pretrained`; the analytic prior has no weights
+            and needs none of these, nor `dtype`, `compile` and `attention`.
         source_prompt: what the images to edit show; for text-to-image models only, see `TextToImagePrior`.
         compile: compile the denoiser with torch.compile; its first steps then take minutes.
         attention: how the denoiser computes attention, see `DiffusersPrior.use_attention`.
+        torch_dtype: the name that diffusers has for `dtype`.
 
     Raises:
-        ValueError: if there is no such prior, device or attention, the model is of no family known here, or it takes no
-            source prompt.
+        ValueError: if there is no such prior, device, precision or attention, the model is of no family known here, or
+            it takes no source prompt.
         OSError: if a model cannot be read or downloaded.
     """
-    device = _checked_device(device)
+    device, precision = _checked_device(device), _checked_dtype(dtype, torch_dtype)
     check_prior(name)
     if name == "analytic":
         if source_prompt is not None:
@@ -68,7 +71,7 @@ def load_prior(
     if source_prompt is not None and not issubclass(family, TextToImagePrior):
         raise ValueError(_NO_SOURCE_PROMPT.format(name))
     options = {} if source_prompt is None else {"source_prompt": source_prompt}
-    prior = family.from_pretrained(model, device, dtype, offload, local_files_only, micro_batch, **options)
+    prior = family.from_pretrained(model, device, precision, offload, local_files_only, micro_batch, **options)
     if attention is not None:
         prior.use_attention(attention)
     if compile:
@@ -109,3 +112,13 @@ def _checked_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # unknown name, or a torch built without that device
         raise ValueError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _checked_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is not None and torch_dtype is not None:
+        raise ValueError("dtype and torch_dtype are two names of one option; give one of them.")
+    given = torch_dtype if dtype is None else dtype
+    precision = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if given is not None and precision not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {given!r}.")
+    return precision

@@ -1,5 +1,7 @@
 """Local edits of a scene: which pixels of a training view may change."""
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -62,21 +64,60 @@ def _extent(points: Float[Tensor, "3 n"]) -> str:
     return ", ".join(f"{axis} {low:.3g} to {high:.3g}" for axis, (low, high) in zip("xyz", ranges, strict=True))
 
 
-def masks_from_folder(views: TrainingViews, folder: Path, feather: float) -> list[Float[Tensor, "1 H W"]]:
-    """Read a mask for each view, by the name of its file without the ending: white may change.
+def masks_from_folder(views: TrainingViews, folder: str | Path, feather: float) -> list[Float[Tensor, "1 H W"]]:
+    """Read a mask for each view; white may change. They lie as the images do, see `mask_files`.
+
+    Masks of the images' full size serve a scene that is used at a reduced one: they are scaled.
 
     Raises:
-        ValueError: if one is missing or all are black, or as `read_mask` raises.
+        ValueError: if one is missing or all are black, or as `mask_files` and `read_mask` raise.
     """
-    files = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in IMAGE_SUFFIXES}
     masks = []
-    for index in range(len(views)):
-        name = views.filename(index).stem
-        if name not in files:
-            raise ValueError(f"folder {folder} holds no mask for view {name}; there must be one for each view.")
+    for index, file in enumerate(mask_files([views.filename(index) for index in range(len(views))], Path(folder))):
         height, width = views.original(index).shape[-2:]
         # A view need not show what is edited.
-        masks.append(read_mask(files[name], (height, width), feather, may_be_black=True))
+        masks.append(read_mask(file, (height, width), feather, may_be_black=True, resize=True))
     if not any(bool(mask.any()) for mask in masks):
         raise ValueError(f"all masks in {folder} are black, or show nothing wider than --pipeline.feather {feather}.")
     return masks
+
+
+def mask_files(images: Sequence[Path], folder: Path) -> list[Path]:
+    """Find the mask of each image: by its path, or by its name if all images lie in one folder.
+
+    The ending may differ (`left/001.png` for `left/001.jpg`) or be added to the image's (`left/001.jpg.png`).
+
+    Raises:
+        ValueError: if there is none, or two, or one that two images would share.
+    """
+    by_path, by_name = defaultdict(list), defaultdict(list)
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
+            by_path[file.relative_to(folder).with_suffix("")].append(file)
+            by_name[file.stem].append(file)
+    if len({image.parent for image in images}) > 1:
+        by_name.clear()  # in another folder, the same name is that of another image
+    chosen = [_mask_file(image, folder, by_path, by_name) for image in images]
+    owners: dict[Path, Path] = {}
+    for image, file in zip(images, chosen, strict=True):
+        if (other := owners.setdefault(file, image)) != image:
+            raise ValueError(
+                f"mask {file} has the name of two images, {other} and {image}; lay masks out in folders as the images."
+            )
+    return chosen
+
+
+def _mask_file(
+    image: Path, folder: Path, by_path: Mapping[Path, Sequence[Path]], by_name: Mapping[str, Sequence[Path]]
+) -> Path:
+    """Choose a mask: the one whose path agrees in most folders, or else the one of that name."""
+    below = [Path(*image.parts[-depth:]) for depth in range(len(image.parts) - 1, 0, -1)]
+    paths = [path for name in below for path in (name, name.with_suffix(""))]
+    candidates = next((by_path[path] for path in paths if path in by_path), None)
+    if candidates is None:
+        candidates = by_name.get(image.name) or by_name.get(image.stem) or []
+    if not candidates:
+        raise ValueError(f"folder {folder} holds no mask for view {image.stem}; there must be one for each view.")
+    if len(candidates) > 1:
+        raise ValueError(f"both {candidates[0]} and {candidates[1]} could be the mask of {image}; keep one.")
+    return candidates[0]

@@ -1,14 +1,16 @@
 """Local edits: outside the mask not a bit changes, inside the answer is reached, the border is soft."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from csd_2d import EditConfig, load_prior
 from csd_2d.cli import main
 from csd_2d.image_set import edit_images
 from csd_2d.io.images import read_image, write_image
-from csd_2d.io.masks import feathered, read_mask
+from csd_2d.io.masks import feathered, read_mask, to_mask
 from csd_2d.io.video import Clip, read_clip, read_masks, write_clip
 from csd_2d.panorama import edit_panorama
 from csd_2d.priors.analytic import AnalyticPrior
@@ -133,3 +135,139 @@ def test_masks_from_the_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit, match=message):
             ins, out = ("in.png", "o.png") if command == "panorama" else ("frames", "o")
             main([command, str(tmp_path / ins), str(tmp_path / out), *NIGHT, "--mask", str(tmp_path / options[1])])
+
+
+LEFT = np.zeros((24, 40), np.uint8)
+LEFT[:, :20] = 1
+
+
+def colored(color, alpha=255) -> Image.Image:
+    """Return RGBA: a color everywhere or, of shape (24, 40), as gray."""
+    gray = np.broadcast_to(np.asarray(color, np.uint8), (24, 40))
+    return Image.fromarray(np.dstack([gray, gray, gray, np.broadcast_to(np.asarray(alpha, np.uint8), (24, 40))]))
+
+
+def indexed(indices: np.ndarray, *colors: int) -> Image.Image:
+    image = Image.fromarray(indices.astype(np.uint8))
+    image.putpalette(colors)
+    return image
+
+
+SAME = {
+    "white, transparent to the right": colored(255, LEFT * 255),
+    "black, transparent to the right": colored(0, LEFT * 255),
+    "white, on transparent black": colored(LEFT * 255, LEFT * 255),
+    "opaque RGBA": colored(LEFT * 255),
+    "RGBA of one alpha": colored(LEFT * 255, 128),
+    "gray with alpha": colored(255, LEFT * 255).convert("LA"),
+    "gray 0 and 1": Image.fromarray(LEFT),
+    "gray 0 and 255": Image.fromarray(LEFT * 255),
+    "RGB 0 and 1": Image.fromarray(np.dstack([LEFT] * 3)),
+    "16 bits, 0 and 1": Image.fromarray(LEFT.astype(np.uint16)),
+    "8 bits in 16": Image.fromarray(LEFT.astype(np.uint16) * 255),
+    "16 bits": Image.fromarray(LEFT.astype(np.uint16) * 65535),
+    "one bit": Image.fromarray(LEFT * 255).convert("1"),
+    "palette of an object, red": indexed(LEFT, 0, 0, 0, 128, 0, 0),
+    "palette, its first color white": indexed(1 - LEFT, 255, 255, 255, 0, 0, 0),
+    "bool": LEFT.astype(bool),
+    "uint8": LEFT * 255,
+    "uint8 of 0 and 1": LEFT,
+    "int64 of 0 and 1": LEFT.astype(int),
+    "uint16": LEFT.astype(np.uint16) * 65535,
+    "float": LEFT.astype(float),
+    "with a channel": LEFT[..., None] * 255,
+    "mirrored view": np.ascontiguousarray(LEFT[:, ::-1])[:, ::-1],
+    "bool tensor": torch.from_numpy(LEFT).bool(),
+    "float tensor": left_half(),
+    "tensor without a channel": left_half()[0],
+    "half precision": left_half().bfloat16(),
+    "batch of one": left_half()[None],
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_kinds_of_masks_mean_the_same(kind, tmp_path):
+    mask = SAME[kind]
+    assert torch.equal(to_mask(mask), left_half())
+    if isinstance(mask, Image.Image):
+        mask.save(tmp_path / "mask.png")
+        assert torch.equal(read_mask(tmp_path / "mask.png", (24, 40)), left_half())
+        if mask.mode == "P":
+            mask.save(tmp_path / "mask.gif")
+            assert torch.equal(read_mask(tmp_path / "mask.gif", (24, 40)), left_half())
+
+
+def test_soft_masks_keep_their_grays(tmp_path):
+    ramp = np.broadcast_to(np.linspace(0, 255, 40).astype(np.uint8), (24, 40))
+    expected = torch.from_numpy(ramp / np.float32(255))[None]
+    for mask in (
+        ramp,
+        Image.fromarray(ramp),
+        Image.fromarray(ramp).convert("RGBA"),
+        Image.fromarray(ramp).convert("P"),
+    ):
+        torch.testing.assert_close(to_mask(mask), expected)
+    Image.fromarray(LEFT * 255).save(tmp_path / "mask.jpg")  # which adds colors a little
+    assert (read_mask(tmp_path / "mask.jpg", (24, 40)) - left_half()).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            colored(np.where(np.arange(24)[:, None] < 12, 0, 255), LEFT * 255),
+            "transparency that varies, as its colors do",
+        ),
+        (colored(255, 0), "transparency that hides it"),
+        (Image.fromarray(LEFT * 2), "holds the values 0, 2; a mask holds 0 and 1, or 0 .stays. to 255 .may change."),
+        (Image.fromarray(LEFT + 2), "holds the values 2, 3"),
+        (LEFT * 38, "holds the values 0, 38"),
+        (indexed(LEFT * 2, 0, 0, 0, 128, 0, 0, 0, 128, 0), "holds the values 0, 2"),
+        (Image.fromarray(np.arange(960, dtype=np.uint8).reshape(24, 40) % 91), r"holds the values 0, 1, .* \.\.\. 90"),
+        (Image.fromarray(LEFT.astype(np.uint16) * 300), r"holds the values 0, 300; .* to 65535"),
+        (Image.fromarray(LEFT[..., None] * np.array([255, 0, 0], np.uint8)), "is colored"),
+        (left_half() * 255, "numbers must be from 0 to 1, .* got 0 to 255"),
+        (left_half() * float("nan"), "got nan to nan"),
+        (LEFT.astype(int) - 1, "got -1 to 0"),
+        (np.zeros((0, 8)), r"got \(0, 8\)"),
+        (np.zeros((2, 24, 40)), r"got \(2, 24, 40\)"),
+        (np.array([["a", "b"]]), "of numbers"),
+    ],
+)
+def test_what_a_mask_does_not_say_is_asked(mask, message):
+    with pytest.raises(ValueError, match=message):
+        to_mask(mask)
+
+
+def test_the_soft_border_of_a_mask_may_reach_into_an_image():
+    """A mask of one view among many: its object lies beside the picture."""
+    ramp = np.broadcast_to(np.linspace(0, 100, 40).astype(np.uint8), (24, 40))
+    assert to_mask(ramp, one_of_many=True).max() == pytest.approx(100 / 255)
+    with pytest.raises(ValueError, match="holds the values"):
+        to_mask(ramp)
+
+
+def test_a_mask_of_0_and_1_edits_whole_from_the_command_line(tmp_path, capsys):
+    write_image(picture(), tmp_path / "in.png")
+    main(["panorama", str(tmp_path / "in.png"), str(tmp_path / "whole.png"), *NIGHT])
+    SAME["palette of an object, red"].save(tmp_path / "mask.png")
+    options = ["--mask", str(tmp_path / "mask.png"), "--feather", "0"]
+    main(["panorama", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *NIGHT, *options])
+    source, whole, edited = (read_image(tmp_path / name) for name in ("in.png", "whole.png", "out.png"))
+    assert torch.equal(edited[..., :20], whole[..., :20]) and torch.equal(edited[..., 20:], source[..., 20:])
+    Image.fromarray(LEFT * 2).save(tmp_path / "mask.png")
+    with pytest.raises(SystemExit, match=r"mask\.png holds the values 0, 2;"):
+        main(["panorama", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *NIGHT, *options])
+
+
+def test_masks_of_the_same_aspect_are_scaled_for_scenes(tmp_path):
+    for size, fits in {(48, 80): True, (97, 161): True, (6, 10): True, (48, 74): False, (40, 24): False}.items():
+        Image.fromarray(LEFT * 255).resize(size[::-1], Image.Resampling.NEAREST).save(tmp_path / "mask.png")
+        if not fits:
+            with pytest.raises(ValueError, match="they must be alike, or of one aspect"):
+                read_mask(tmp_path / "mask.png", (24, 40), resize=True)
+            continue
+        mask = read_mask(tmp_path / "mask.png", (24, 40), resize=True)
+        assert mask.shape == (1, 24, 40) and mask[..., :17].min() > 0.9999 and mask[..., 23:].max() == 0
+        with pytest.raises(ValueError, match="they must be alike"):
+            read_mask(tmp_path / "mask.png", (24, 40))

@@ -1,6 +1,7 @@
 """Local edits of a scene: which pixels change, and that no other does."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from nerfstudio.utils.eval_utils import eval_setup
 
 from csd_2d.io.images import read_image, write_image
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_nerf.edit.masks import masks_of_solid
+from csd_nerf.edit.masks import mask_files, masks_of_solid
 from csd_nerf.pipeline import CsdEditPipelineConfig
 from csd_nerf.views.nerfacto import NerfactoViews
 from tests.csd_nerf.test_training import edit_in_process, failing
@@ -82,3 +83,26 @@ def test_masks_that_cannot_be_are_named(scene_run, views, tmp_path):
         CsdEditPipelineConfig(box=(0, 0, 0, 1, 1, 1), sphere=(0, 0, 0, 1))
     with pytest.raises(ValueError, match="masks must be a folder"):
         CsdEditPipelineConfig(masks=tmp_path / "gone")
+
+
+def touched(folder: Path, *names: str) -> list[Path]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return [folder / name for name in names]
+
+
+def test_masks_lie_as_images_do(tmp_path):
+    images = touched(tmp_path / "images", "left/001.jpg", "right/001.jpg", "right/002.jpg")
+    masks = touched(tmp_path / "nested", "left/001.png", "right/001.png", "right/002.jpg.png", "right/.001.png")
+    assert mask_files(images, tmp_path / "nested") == masks[:3]
+    touched(tmp_path / "flat", "001.png", "002.png")
+    with pytest.raises(ValueError, match=r"001\.png has the name of two images, .*left/001\.jpg and .*right/001\.jpg"):
+        mask_files(images, tmp_path / "flat")
+    with pytest.raises(ValueError, match="holds no mask for view 001"):  # not that of the other camera
+        mask_files(images, touched(tmp_path / "half", "right/001.png", "right/002.png")[0].parents[1])
+    right = touched(tmp_path / "elsewhere", "masks/001.png", "masks/002.png")
+    assert mask_files(images[1:], tmp_path / "elsewhere") == right  # names are unique
+    touched(tmp_path / "elsewhere", "masks/001.webp")
+    with pytest.raises(ValueError, match="could be the mask of"):
+        mask_files(images[1:], tmp_path / "elsewhere")

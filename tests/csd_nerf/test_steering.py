@@ -38,7 +38,7 @@ def test_a_change_takes_effect_at_the_next_point_and_is_written_before(tmp_path)
         ("guidance_scale", -1.0, "guidance_scale must be from 0 to 1000, got -1"),
         ("guidance_scale", float("nan"), "guidance_scale must be from 0"),
         ("steps", 0, "steps must be a whole number from 1"),
-        ("lr", "x", "lr must be from"),
+        ("lr", "x", "lr must be a number from"),
         ("mixing", "all", "mixing must be one of consensus, svgd, none"),
         ("views_per_round", -1, "views_per_round must be a whole number from 0"),
         ("colour", 1, "colour cannot be changed in this run"),
