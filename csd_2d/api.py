@@ -267,7 +267,9 @@ def _several(frames: Any) -> list[Any]:
     if not isinstance(frames, Iterable) or isinstance(frames, str) or (array and frames.ndim != 4):
         shape = f" {tuple(frames.shape)}" if array else ""
         raise ValueError(f"frames must be a list of images, got {type(frames).__name__}{shape}; make it [image].")
-    return list(frames)
+    if not (images := list(frames)):
+        raise ValueError("there are no images to edit.")
+    return images
 
 
 def _returned(outputs: Any, latents: Tensor) -> Tensor:

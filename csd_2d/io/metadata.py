@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,14 +96,9 @@ def read_carried(image: Image.Image) -> Carried:
     """Collect what an image that was opened carries; only the head of most files is read."""
     deep = is_deep(image)  # first: to look for EXIF, Pillow loads some files
     lost = _further_pictures(image)
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        exif = _kept_exif(image)
-    except Exception:  # Pillow raises whatever the broken bytes lead to
-        orientation, exif = 1, None
-        lost.append("its EXIF data is damaged and left out")
-    if orientation not in range(1, 9) or image.format == "TIFF":  # Pillow turns TIFF files when it loads them
-        orientation = 1
+    orientation, exif, damaged = _exif(image)
+    if damaged:
+        lost.append("parts of its EXIF data are damaged and left out")
     if _has_iptc(image):
         lost.append("IPTC captions are left out")
     profile, colors, converted = _colors(image)
@@ -124,6 +120,21 @@ def read_carried(image: Image.Image) -> Carried:
         _resolution(image),
         tuple(lost),
     )
+
+
+def _exif(image: Image.Image) -> tuple[int, bytes | None, bool]:
+    """Return how pixels are to be turned, EXIF data to keep, and whether they are damaged."""
+    with warnings.catch_warnings(record=True) as damages:
+        warnings.simplefilter("always")
+        try:
+            tags = image.getexif()
+            orientation, exif = tags.get(ExifTags.Base.Orientation, 1), _kept_exif(tags)
+            unread = bool(image.info.get("exif")) and not len(tags)
+        except Exception:  # Pillow raises whatever the broken bytes lead to
+            return 1, None, True
+    # Pillow turns TIFF files when it loads them.
+    turns = orientation in range(1, 9) and image.format != "TIFF"
+    return orientation if turns else 1, exif, unread or bool(damages)
 
 
 def _colors(image: Image.Image) -> tuple[bytes | None, Profile | bytes | None, str | None]:
@@ -168,8 +179,8 @@ def _has_iptc(image: Image.Image) -> bool:
     return (isinstance(blocks, dict) and 0x0404 in blocks) or 33723 in getattr(image, "tag_v2", {})
 
 
-def _kept_exif(image: Image.Image) -> bytes | None:
-    given, kept = image.getexif(), Image.Exif()
+def _kept_exif(given: Image.Exif) -> bytes | None:
+    kept = Image.Exif()
     for tag, value in given.items():
         if tag not in _FOLDERS and tag not in _OF_STORAGE:
             kept[tag] = value

@@ -285,7 +285,7 @@ def test_precisions_by_name_and_as_diffusers_calls_them():
         prior = CsdPanoramaPipeline.from_pretrained("tiny", **options).prior
         assert next(prior.denoiser.parameters()).dtype == torch.bfloat16
     for options, message in (
-        ({"dtype": "half"}, "dtype must be float32, float16 or bfloat16, got 'half'"),
+        ({"dtype": "float99"}, "dtype must be float32, float16 or bfloat16, got 'float99'"),
         ({"torch_dtype": torch.int8}, "got torch.int8"),
         ({"dtype": "float32", "torch_dtype": "float32"}, "two names of one option"),
     ):
