@@ -2,6 +2,7 @@
 
 import importlib
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -234,7 +235,8 @@ def _open(path: Path) -> Image.Image:
 
 def _open_any_size(path: Path) -> Image.Image:
     """Open an image without Pillow's limit of 180 megapixels, which takes larger ones for an attack."""
-    with _opening:
+    with _opening, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged EXIF data, which `read_carried` tells
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(path)

@@ -35,6 +35,7 @@ def read_mask(
         FileNotFoundError, ValueError: as `read_image`, `to_mask` and `feathered`; also if it has another size, or is
             black.
     """
+    _check_radius(feather)
     with open_upright(path) as image:
         mask = to_mask(image, f"mask {path}", may_be_black)
     if mask.shape[-2:] != size:
@@ -165,10 +166,14 @@ def feathered(mask: Float[Tensor, "1 H W"], radius: float) -> Float[Tensor, "1 H
     Raises:
         ValueError: if the radius is not from 0 to 1000.
     """
-    if not 0 <= radius <= 1000:
-        raise ValueError(f"feather must be from 0 to 1000 px, got {radius}.")
+    _check_radius(radius)
     if radius == 0:
         return mask
     blurred = gaussian_blur(mask[None], deviation=radius / 2, reach=math.ceil(radius))[0]
     # Blurred, a straight border is at 1/2: the ramp begins there.
     return mask * (2 * blurred - 1).clamp(0, 1)
+
+
+def _check_radius(radius: float) -> None:
+    if not 0 <= radius <= 1000:
+        raise ValueError(f"feather must be from 0 to 1000 px, got {radius}.")
