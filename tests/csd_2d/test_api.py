@@ -1,5 +1,7 @@
 """The pipelines in diffusers' manner."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -282,7 +284,7 @@ def test_numbers_given_as_text_are_said(panorama):
 
 def test_precisions_by_name_and_as_diffusers_calls_them():
     for options in ({"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"dtype": "torch.bfloat16"}):
-        prior = CsdPanoramaPipeline.from_pretrained("tiny", **options).prior
+        prior: Any = CsdPanoramaPipeline.from_pretrained("tiny", **options).prior
         assert next(prior.denoiser.parameters()).dtype == torch.bfloat16
     for options, message in (
         ({"dtype": "float99"}, "dtype must be float32, float16 or bfloat16, got 'float99'"),

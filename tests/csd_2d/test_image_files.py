@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 
 from csd_2d.cli import main
-from csd_2d.io.color import read_profile
+from csd_2d.io.color import Profile, read_profile
 from csd_2d.io.deep import read_deep, write_deep
 from csd_2d.io.images import image_size, read_header, read_image, read_picture, write_image
 from csd_2d.io.video import Clip, read_clip, write_clip
@@ -48,6 +48,18 @@ def icc(red, green, blue, curve: bytes = b"curv\0\0\0\0\0\0\0\1\x02\x33") -> byt
 DISPLAY_P3 = icc((0.51512, 0.29198, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
 ADOBE = icc((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def described(data: bytes) -> Profile:
+    profile = read_profile(data)
+    assert profile is not None
+    return profile
+
+
+def deep_numbers(path: Path, shallow) -> np.ndarray:
+    numbers = read_deep(path, np.asarray(shallow))
+    assert numbers is not None
+    return numbers
 
 
 def exif(orientation: int = 1) -> Image.Exif:
@@ -92,9 +104,12 @@ def right(array) -> np.ndarray:
 )
 def test_colors_of_a_profile_are_converted_as_little_cms_does(profile):
     numbers = picture()
-    ours = read_profile(profile)
+    ours = described(profile)
     expected = ImageCms.profileToProfile(
-        Image.fromarray(numbers), ImageCms.ImageCmsProfile(_file(profile)), ImageCms.createProfile("sRGB"), 1
+        Image.fromarray(numbers),
+        ImageCms.ImageCmsProfile(_file(profile)),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.Intent.RELATIVE_COLORIMETRIC,
     )
     converted = ours.to_srgb(numbers / 255)
     assert np.abs(converted * 255 - np.asarray(expected)).max() <= 1.5  # its own arithmetic has 8 bits
@@ -110,12 +125,12 @@ def _file(data: bytes):
 
 
 def test_srgbs_own_profile_changes_no_number():
-    assert read_profile(SRGB).is_srgb and not read_profile(DISPLAY_P3).is_srgb
+    assert described(SRGB).is_srgb and not described(DISPLAY_P3).is_srgb
     # A parametric curve, as phones write it.
     curve = b"para\0\0\0\0\0\3\0\0" + struct.pack(
         ">5i", *(round(x * 65536) for x in (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
     )
-    assert read_profile(
+    assert described(
         icc((0.43607, 0.22250, 0.01393), (0.38508, 0.71688, 0.09710), (0.14308, 0.06062, 0.71417), curve)
     ).is_srgb
 
@@ -125,7 +140,7 @@ def test_a_color_profile_is_kept_and_the_model_sees_srgb(tmp_path, suffix):
     numbers = picture()
     Image.fromarray(numbers).save(tmp_path / "in.png", icc_profile=DISPLAY_P3)
     shown = read_image(tmp_path / "in.png")
-    expected = read_profile(DISPLAY_P3).to_srgb(numbers / 255)
+    expected = described(DISPLAY_P3).to_srgb(numbers / 255)
     assert np.abs(shown.permute(1, 2, 0).numpy() - expected).max() < 1e-6
     with Image.open(edit(tmp_path, "in.png", f"out.{suffix}", masked=True)) as edited:
         assert edited.info["icc_profile"] == DISPLAY_P3
@@ -303,11 +318,11 @@ def test_16_bits_are_read_and_written_back(tmp_path, channels, suffix):
         shallow = np.asarray(image)
         assert np.array_equal(shallow, numbers >> 8)
         assert image.info["icc_profile"] == DISPLAY_P3 and image.info["dpi"][0] == pytest.approx(300, abs=0.02)
-    assert np.array_equal(read_deep(tmp_path / f"in.{suffix}", shallow), numbers)
+    assert np.array_equal(deep_numbers(tmp_path / f"in.{suffix}", shallow), numbers)
     for output in ("png", "tif"):
         edited = edit(tmp_path, f"in.{suffix}", f"out.{output}", masked=True)
         with Image.open(edited) as image:
-            written = read_deep(edited, np.asarray(image))
+            written = deep_numbers(edited, np.asarray(image))
         assert np.array_equal(right(written), right(numbers))
         left = written[:, : WIDTH // 2, :3]
         assert not np.array_equal(left, numbers[:, : WIDTH // 2, :3]) and len({*left.ravel() % 257}) > 100
@@ -328,7 +343,7 @@ def test_16_bits_of_gray_are_kept(tmp_path):
     Image.fromarray(numbers).save(tmp_path / "in.png")
     edited = edit(tmp_path, "in.png", "out.png", masked=True)
     with Image.open(edited) as image:
-        assert np.array_equal(right(read_deep(edited, np.asarray(image))), right(numbers[..., None].repeat(3, -1)))
+        assert np.array_equal(right(deep_numbers(edited, np.asarray(image))), right(numbers[..., None].repeat(3, -1)))
 
 
 def test_8_of_16_bits_are_said(tmp_path):
@@ -412,7 +427,7 @@ def test_frames_of_a_folder_keep_what_they_carry(tmp_path, capsys):
         assert np.array_equal(np.asarray(image), np.asarray(source))
         assert image.getexif()[ExifTags.Base.Make] == "Maker"
     with Image.open(tmp_path / "same" / "c.png") as image:
-        assert np.array_equal(read_deep(tmp_path / "same" / "c.png", np.asarray(image)), deep)
+        assert np.array_equal(deep_numbers(tmp_path / "same" / "c.png", np.asarray(image)), deep)
     main(["video", str(tmp_path / "in"), str(tmp_path / "edited"), *NIGHT])
     assert "not keep" not in capsys.readouterr().err
     with Image.open(tmp_path / "edited" / "a.png") as image:

@@ -141,7 +141,7 @@ LEFT = np.zeros((24, 40), np.uint8)
 LEFT[:, :20] = 1
 
 
-def colored(color, alpha=255) -> Image.Image:
+def colored(color: int | np.ndarray, alpha: int | np.ndarray = 255) -> Image.Image:
     """Return RGBA: a color everywhere or, of shape (24, 40), as gray."""
     gray = np.broadcast_to(np.asarray(color, np.uint8), (24, 40))
     return Image.fromarray(np.dstack([gray, gray, gray, np.broadcast_to(np.asarray(alpha, np.uint8), (24, 40))]))
@@ -262,7 +262,7 @@ def test_a_mask_of_0_and_1_edits_whole_from_the_command_line(tmp_path, capsys):
 
 def test_masks_of_the_same_aspect_are_scaled_for_scenes(tmp_path):
     for size, fits in {(48, 80): True, (97, 161): True, (6, 10): True, (48, 74): False, (40, 24): False}.items():
-        Image.fromarray(LEFT * 255).resize(size[::-1], Image.Resampling.NEAREST).save(tmp_path / "mask.png")
+        Image.fromarray(LEFT * 255).resize((size[1], size[0]), Image.Resampling.NEAREST).save(tmp_path / "mask.png")
         if not fits:
             with pytest.raises(ValueError, match="they must be alike, or of one aspect"):
                 read_mask(tmp_path / "mask.png", (24, 40), resize=True)

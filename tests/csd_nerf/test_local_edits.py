@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from tests.csd_nerf.test_training import edit_in_process, failing
 
 @pytest.fixture(scope="module")
 def views(scene_run):
-    return NerfactoViews(eval_setup(scene_run / "config.yml")[1])
+    pipeline: Any = eval_setup(scene_run / "config.yml")[1]
+    return NerfactoViews(pipeline)
 
 
 def test_surfaces_lie_on_the_rays_at_the_rendered_depth(views):
