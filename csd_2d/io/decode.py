@@ -168,17 +168,15 @@ def _between(
         yield from cut(last, final=True)
 
 
-def looks(path: Path, frame: av.VideoFrame) -> Looks:
+def looks(path: Path, container: InputContainer, frame: av.VideoFrame) -> Looks:
     """Find out what a file says of its pictures, the first of which is given.
 
     Raises:
         ValueError: if their colors cannot be read.
     """
-    with opened(path) as container:
-        stream = video_stream(container, path)
-        context, said_aspect = stream.codec_context, stream.sample_aspect_ratio
-        primaries, transfer = int(context.color_primaries), int(context.color_trc)
-        others = _others(container)
+    stream, others = video_stream(container, path), _others(container)
+    context, said_aspect = stream.codec_context, stream.sample_aspect_ratio
+    primaries, transfer = int(context.color_primaries), int(context.color_trc)
     matrix, orientation = _matrix(frame), Orientation.of(frame)
     if matrix not in _MATRICES:
         raise ValueError(f"{path} cannot be read as a video (its colors are coded by matrix {matrix} of ITU-T H.273).")

@@ -155,17 +155,17 @@ def _exact(seconds: Seconds) -> Fraction:
 
 
 def _read_file(path: Path, start: Fraction, end: Fraction | None) -> Clip:
-    spans, sizes, seen = [], [], None
+    spans, sizes, first = [], [], None
     for time, until, frame in shown(path, start, end):
-        seen = seen or looks(path, frame)
+        first = first or frame
         spans.append((time, until))
         sizes.append(upright_size(frame))
-    if seen is None:
+    if first is None:
         raise ValueError(f"{path} holds no video frames{_between(start, end)}.")
     if min(map(min, sizes)) < SMALLEST:
         raise ValueError(f"frames of {path} are too small; both sides must be at least {SMALLEST} px.")
     with opened(path) as container:
-        stream = video_stream(container, path)
+        stream, seen = video_stream(container, path), looks(path, container, first)
         rates = usable_rates(stream)
         origin = (stream.start_time or 0) * (stream.time_base or 0)
         tags = {name: text for name, text in container.metadata.items() if name in KEPT_TAGS}
@@ -347,7 +347,8 @@ def _picture(container: OutputContainer, clip: Clip, encoding: _Encoding, frames
     ordered = {} if clip.times is None or encoding.codec == "libvpx-vp9" else {"bf": "0"}
     stream.options = {"crf": "16", **ordered}
     if encoding.codec == "libx265":
-        stream.options["x265-params"] = "log-level=error" + ":bframes=0" * bool(ordered)
+        # With B-frames, times of decoding in a film of two frames are whatever lay in memory (x265 4.2).
+        stream.options["x265-params"] = "log-level=error:bframes=0"
         if container.format.name in ("mp4", "mov"):
             context.codec_tag = "hvc1"  # the only name by which Apple's players take it
     # Said and done in BT.709: untagged, players take large pictures for it and small ones for BT.601.

@@ -14,7 +14,7 @@ import torch
 from csd_2d.cli import main
 from csd_2d.io import hdr
 from csd_2d.io.images import write_image
-from csd_2d.io.video import Clip, check_video_output, read_clip, what_is_lost, write_clip
+from csd_2d.io.video import Clip, Format, check_video_output, read_clip, what_is_lost, write_clip
 
 STEPS = ["--prompt", "make it night", "--prior", "analytic", "--steps", "2"]
 NITS = (0.0, 1.0, 10.0, 50.0, 100.0, 203.0, 400.0, 600.0, 1000.0)
@@ -215,6 +215,15 @@ def test_ten_bits_stay(tmp_path, suffix):
     before, after = (levels(one.frames[0])[1] for one in (clip, back))
     assert (before.diff() > 0).all()
     torch.testing.assert_close(after, before, atol=1.1 / 876, rtol=0)  # lossy by a step
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_ten_bits_of_the_shortest_films_stay(tmp_path, count):
+    write_clip(Clip([torch.full((3, 16, 32), 0.3)] * count, format=Format(bits=10)), tmp_path / "a.mp4")
+    assert len(read_clip(tmp_path / "a.mp4").frames) == count
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packets = [packet for packet in container.demux() if packet.size]
+    assert [packet.dts for packet in packets] == [packet.pts for packet in packets]
 
 
 def test_bits_that_are_lost_are_said(tmp_path, capsys):
