@@ -19,7 +19,7 @@ from csd_2d import ranks
 from csd_2d.config import EditConfig, check_replaced
 from csd_2d.errors import one_sentence
 from csd_2d.generate import GENERATE, generate
-from csd_2d.io.images import IMAGE_SUFFIXES, LOSSY_SUFFIXES, read_image, read_picture, write_image
+from csd_2d.io.images import IMAGE_SUFFIXES, LOSSY_SUFFIXES, check_fits, read_image, read_picture, write_image
 from csd_2d.io.masks import read_mask
 from csd_2d.loss import check_prompt
 from csd_2d.metrics.consistency import wrap_seam
@@ -194,6 +194,7 @@ class Panorama:
         if not self.wrap and b"equirectangular" in (picture.carried.xmp or b""):
             _say(f"{self.input} says that it is a 360 degree image; --wrap makes its left and right border fit.")
         height, width = image.shape[-2:]
+        check_fits(self.output, height, width)
         mask = None if options.mask is None else read_mask(options.mask, (height, width), options.feather)
         regions = None if self.regions is None else [read_mask(path, (height, width)) for path in self.regions]
         prior = options.model.load(options.prompt)
@@ -357,6 +358,7 @@ class Generate:
         gray = torch.full(
             (3, self.height or prior.window * prior.cell, self.width or 4 * prior.window * prior.cell), 0.5
         )
+        check_fits(self.output, *gray.shape[-2:])
         watched = options.watched(f"generate {self.output.name}", prior, [gray])
         with options.resumable(self.output) as resume, watched as on_step:
             image = generate(

@@ -1,6 +1,7 @@
 """Image files: their pixels, and with `Picture` what else they carry."""
 
 import importlib
+import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -30,7 +31,11 @@ SMALLEST = 8
 _BYTES_PER_PIXEL = 24
 """Memory that it takes to read a pixel: its numbers as they are stored, and as floating-point numbers."""
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_opening = threading.Lock()
+_LARGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}
+"""Longest side, in pixels, of formats that have such a limit."""
+_counting = threading.Lock()
+_readers = 0
+_limit: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,13 +202,35 @@ def to_array(image: Float[Tensor, "3 H W"], deep: bool = False) -> np.ndarray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image file of any size that fits in memory; whatever goes wrong while it is read is one sentence."""
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}.")
     try:
-        with _open(path) as image:
+        with _any_size(), _open(path) as image:
             yield image
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}).") from error
+    except ImportError:
+        raise
+    except Exception as error:  # of damaged files Pillow raises whatever the broken bytes lead to
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read as an image ({' '.join(str(error).split()).rstrip('.')}).") from error
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Lift Pillow's limit of 180 megapixels, which takes larger images for an attack; `_open` looks at the memory."""
+    global _readers, _limit
+    with _counting:
+        if _readers == 0:
+            _limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _readers -= 1
+            if _readers == 0:
+                Image.MAX_IMAGE_PIXELS = _limit
 
 
 @contextmanager
@@ -214,34 +241,25 @@ def open_upright(path: str | Path) -> Iterator[Image.Image]:
 
 
 def _open(path: Path) -> Image.Image:
-    """Open an image of any size that fits in memory."""
-    try:
-        image = _open_any_size(path)
-    except UnidentifiedImageError:
-        with path.open("rb") as file:
-            head = file.read(12)
-        if head[4:8] != b"ftyp" or head[8:12] not in _HEIF:
-            raise
-        _add_heif(path)
-        image = _open_any_size(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged EXIF data, which `read_carried` tells
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            with path.open("rb") as file:
+                head = file.read(12)
+            if head[4:8] != b"ftyp" or head[8:12] not in _HEIF:
+                raise
+            _add_heif(path)
+            image = Image.open(path)
     needed, free = image.width * image.height * _BYTES_PER_PIXEL, psutil.virtual_memory().available
     if needed > free:
+        image.close()
         raise ValueError(
             f"{path} is {image.width}x{image.height} px; reading it takes {needed / 1e9:.1f} GB of memory, and "
             f"{free / 1e9:.1f} GB are free."
         )
     return image
-
-
-def _open_any_size(path: Path) -> Image.Image:
-    """Open an image without Pillow's limit of 180 megapixels, which takes larger ones for an attack."""
-    with _opening, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged EXIF data, which `read_carried` tells
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(path)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _add_heif(path: Path) -> None:
@@ -298,6 +316,15 @@ def read_image(path: str | Path) -> Float[Tensor, "3 H W"]:
 def image_size(path: str | Path) -> tuple[int, int]:
     """Read the height and width of the image that `read_image` would return. Raises as `read_picture` does."""
     return read_header(path).size
+
+
+def check_fits(path: str | Path, height: int, width: int) -> None:
+    """Check that an image of that size can be written in the format that the name's ending says. ValueError if not."""
+    largest = _LARGEST.get(Path(path).suffix.lower(), math.inf)
+    if max(height, width) > largest:
+        raise ValueError(
+            f"output {path} can have {largest} px on a side, the image is {width}x{height} px; write .png."
+        )
 
 
 def write_image(image: Float[Tensor, "3 H W"], path: str | Path, like: Picture | None = None) -> None:

@@ -206,4 +206,5 @@ def _resolution(image: Image.Image) -> tuple[float, float] | None:
         across, down = (float(value) for value in image.info["dpi"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    return (across, down) if 0 < across < 1e6 and 0 < down < 1e6 else None
+    # 1 stands for unknown: Pillow writes it into TIFF files that are given none.
+    return (across, down) if 1 < across < 1e6 and 1 < down < 1e6 else None

@@ -397,8 +397,9 @@ def test_heic_is_read(tmp_path):
 
 def test_size_is_limited_by_memory(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit, passed by an image of 180 megapixels
-    Image.fromarray(picture()).save(tmp_path / "in.png")
-    assert read_image(tmp_path / "in.png").shape == (3, HEIGHT, WIDTH)
+    for suffix in ("png", "tif"):  # Pillow looks at the size of TIFF files when it loads them, too
+        Image.fromarray(picture()).save(tmp_path / f"in.{suffix}")
+        assert read_image(tmp_path / f"in.{suffix}").shape == (3, HEIGHT, WIDTH)
     assert Image.MAX_IMAGE_PIXELS == 100 and not [one for one in recwarn if "bomb" in str(one.message)]
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -410,6 +411,33 @@ def test_size_is_limited_by_memory(tmp_path, monkeypatch, recwarn):
         ValueError, match=r"is 2000000x1000000 px; reading it takes 48000\.0 GB of memory, and .* are free"
     ):
         read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "gif"])
+def test_damaged_files_are_named(tmp_path, suffix):
+    Image.fromarray(picture()).save(
+        tmp_path / "whole", "JPEG" if suffix == "jpg" else {"tif": "TIFF"}.get(suffix, suffix)
+    )
+    whole, random = (tmp_path / "whole").read_bytes(), np.random.default_rng(1)
+    path, failures = tmp_path / f"in.{suffix}", 0
+    for case in range(40):
+        data = np.frombuffer(whole, np.uint8).copy()
+        places = random.integers(0, min(len(data), 100 if case % 2 else len(data)), 8)
+        data[places] = random.integers(0, 256, 8)
+        path.write_bytes(data.tobytes()[: len(data) if case % 4 else len(data) // 2])
+        try:
+            read_image(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            failures += 1
+    assert failures
+    assert Image.MAX_IMAGE_PIXELS  # the limit for others is back
+
+
+def test_sizes_that_a_format_cannot_have_are_refused_first(tmp_path):
+    Image.new("RGB", (16384, 8)).save(tmp_path / "in.png")
+    with pytest.raises(SystemExit, match=r"out\.webp can have 16383 px on a side, the image is 16384x8 px"):
+        run(tmp_path, "in.png", "out.webp")
 
 
 def test_frames_of_a_folder_keep_what_they_carry(tmp_path, capsys):
