@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 
 IMPORTED = [
@@ -13,15 +15,29 @@ IMPORTED = [
     "tests.ranks_child",
     "csd_2d.cli",
     "nerfstudio.scripts.train",
+    "nerfstudio.scripts.render",
+    "nerfstudio.scripts.eval",
     "tests.csd_nerf.kill_run",
 ]
 
 
-def _run(function: Callable, arguments: tuple, environment: Mapping[str, str], errors: str) -> None:
+def context() -> ForkServerContext:
+    """Return the context of these processes, for `multiprocessing` and what takes one."""
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(IMPORTED)
+    return forkserver
+
+
+def _run(function: Callable, arguments: tuple, environment: Mapping[str, str], files: tuple[str, str]) -> None:
     os.environ.update(environment)
-    with open(errors, "w") as file:
-        os.dup2(file.fileno(), 2)
+    for stream, path in zip((1, 2), files, strict=True):
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), stream)
     function(*arguments)
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text() if os.path.exists(path) else ""  # it may not have begun
 
 
 class Forked:
@@ -33,18 +49,20 @@ class Forked:
     """
 
     def __init__(self, function: Callable, *arguments: Any, environment: Mapping[str, str] | None = None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
-        handle, self._errors = tempfile.mkstemp()
-        os.close(handle)
-        self._process = context.Process(target=_run, args=(function, arguments, environment or {}, self._errors))
+        folder = tempfile.mkdtemp()
+        self._files = os.path.join(folder, "stdout"), os.path.join(folder, "stderr")
+        self._process = context().Process(target=_run, args=(function, arguments, environment or {}, self._files))
         self._process.start()
+
+    @property
+    def output(self) -> str:
+        """What the process has written to stdout so far."""
+        return _text(self._files[0])
 
     @property
     def errors(self) -> str:
         """What the process has written to stderr so far."""
-        with open(self._errors) as file:
-            return file.read()
+        return _text(self._files[1])
 
     def running(self) -> bool:
         return self._process.is_alive()

@@ -1,6 +1,7 @@
 """`csd demo` from end to end, with so few steps that the scene stays a blur."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -8,12 +9,15 @@ from csd_2d.cli import main
 from csd_2d.io.images import read_image
 from csd_2d.io.video import read_clip
 from csd_nerf import demo
+from csd_nerf.procedural_scene import write_scene
 
 
 @pytest.mark.slow
 def test_demo_leaves_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "VIEWS", 10)
     monkeypatch.setattr(demo, "FILM_FRAMES", 3)
+    monkeypatch.setattr(demo, "FILM_SIZE", (24, 18))
+    monkeypatch.setattr(demo, "write_scene", partial(write_scene, size=(48, 36)))
     monkeypatch.setattr(demo, "SCENE_STEPS", 60)
     monkeypatch.setattr(demo, "EDIT_STEPS", 150)
     folder = tmp_path / "demo"
