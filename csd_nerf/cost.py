@@ -1,13 +1,19 @@
 """Time and memory of the stages of a run."""
 
 import dataclasses
-import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -37,7 +43,10 @@ def peak_memory_mb(device: torch.device) -> float:
     """Return torch's peak on a GPU since it was last reset, else that of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset / 1e6  # type: ignore[attr-defined]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def duration(seconds: float) -> str:

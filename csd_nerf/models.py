@@ -1,5 +1,6 @@
 """Nerfacto and splatfacto, built without a download; stock checkpoints load in them, and theirs in stock models."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ import torch
 import torchvision
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.models.base_model import Model
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
@@ -53,6 +55,22 @@ class OfflineLpips(Model):
     def has_lpips(self) -> bool:
         """Tell whether AlexNet has weights."""
         return any(bool(p.any()) for p in self.lpips.net.net.parameters())  # type: ignore[union-attr]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the parameters; blank ones of AlexNet are left out, which other programs would take for trained."""
+        state = super().state_dict(*args, **kwargs)
+        if not self.has_lpips:
+            prefix = kwargs.get("prefix", "") + "lpips."
+            for name in [name for name in state if name.startswith(prefix)]:
+                del state[name]
+        return state
+
+    def load_state_dict(self, dict: dict[str, Tensor], **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load parameters; where LPIPS has none, or the blank ones of earlier versions, this model's own stay."""
+        if not any(bool(value.any()) for name, value in dict.items() if name.startswith("lpips.net.net.")):
+            own = {f"lpips.{name}": value for name, value in self.lpips.state_dict().items()}
+            dict = {name: value for name, value in dict.items() if not name.startswith("lpips.")} | own
+        return super().load_state_dict(dict, **kwargs)
 
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
@@ -110,7 +128,27 @@ class SceneModelConfig(OfflineLpipsConfig, NerfactoModelConfig):
 
 
 class SceneModel(Comparable, OfflineLpips, NerfactoModel):  # type: ignore[override]
-    """Nerfacto: stock checkpoints load, and ours load in stock nerfacto."""
+    """Nerfacto: stock checkpoints load, and ours load in stock nerfacto.
+
+    Without the anneal of proposal weights, which flattens those of a trained scene, nerfacto would also train its
+    proposals in every step. Here they are trained in every fifth (`proposal_update_every`), as in a scene that is past
+    its warm-up.
+    """
+
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        if not self.config.use_proposal_weight_anneal:
+            every = self.config.proposal_update_every
+            # A function of the step alone, so that a resumed run trains them in the same steps.
+            self.proposal_sampler.update_sched = lambda step: -1 if step % every == 0 else math.inf
+
+    def get_training_callbacks(self, attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:  # type: ignore[override]
+        """Return nerfacto's callbacks, and one that tells the sampler of the step it does not learn of otherwise."""
+        callbacks = super().get_training_callbacks(attributes)
+        if not self.config.use_proposal_weight_anneal:
+            before = [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION]
+            callbacks.append(TrainingCallback(before, self.proposal_sampler.step_cb, update_every_num_iters=1))
+        return callbacks
 
 
 @dataclass

@@ -254,7 +254,7 @@ class DatasetUpdate:
 
     def _config_of(self, number: int, settings: Settings) -> EditConfig:
         """Adapt the settings to a round."""
-        config = dataclasses.replace(settings.edit, seed=settings.edit.seed * 10_000 + number)
+        config = dataclasses.replace(settings.edit, seed=(settings.edit.seed * 10_000 + number) % 2**40)
         prompt, count = self._answered
         if config.mixing == "consensus" and prompt == settings.prompt and count >= len(self._views):
             # All views were edited before. Stronger noise would let them forget the answer that the scene shows.

@@ -10,6 +10,7 @@ import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from PIL import Image
 
 from csd_2d.io.images import read_image
@@ -145,6 +146,33 @@ def test_lpips_is_reported_only_with_weights(pipeline):
     large = {name: torch.nn.functional.interpolate(value.permute(2, 0, 1)[None], scale_factor=3)[0].permute(1, 2, 0)
              for name, value in (outputs | batch).items()}  # fmt: skip
     assert "lpips" in with_weights.get_image_metrics_and_images(large, large)[0]
+
+
+def test_blank_lpips_is_neither_saved_nor_loaded(pipeline):
+    assert not [name for name in pipeline.state_dict() if "lpips" in name]
+    with_weights = copy.deepcopy(pipeline.model)
+    for parameter in with_weights.lpips.net.net.parameters():
+        torch.nn.init.ones_(parameter)
+    assert any(name.startswith("lpips.net.net.") for name in with_weights.state_dict())
+    blank = {f"lpips.{name}": torch.zeros_like(value) for name, value in with_weights.lpips.state_dict().items()}
+    for other in ({}, blank):  # the second as earlier versions saved it
+        with_weights.load_state_dict(pipeline.model.state_dict() | other, strict=True)
+        assert all(bool((p == 1).all()) for p in with_weights.lpips.net.net.parameters())
+
+
+def test_proposals_are_trained_in_every_fifth_step(pipeline):
+    attributes = TrainingCallbackAttributes(optimizers=None, grad_scaler=None, pipeline=pipeline, trainer=None)
+    callbacks = pipeline.model.get_training_callbacks(attributes)
+    trained = []
+    for step in range(20, 31):
+        for callback in callbacks:
+            callback.run_callback_at_location(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+        pipeline.zero_grad()
+        sum(pipeline.get_train_loss_dict(step)[1].values()).backward()
+        if any(p.grad is not None for p in pipeline.model.proposal_networks.parameters()):
+            trained.append(step)
+    pipeline.zero_grad()
+    assert trained == [20, 25, 30]
 
 
 def test_all_images_must_be_in_memory(scene_data):
