@@ -15,7 +15,8 @@ def train_in_process(method: str, output: Path, iterations: int, **options: Any)
     """What `ns-train METHOD` does after parsing; returns the run's folder.
 
     Args:
-        options: fields of the config, with `__` for a dot: `pipeline__prompt="..."`.
+        options: fields of the config, with `__` for a dot: `pipeline__prompt="..."`. Without `pipeline__report` novel
+            views are not measured, which takes longer than a run of a few steps; of splats they always are.
     """
     from nerfstudio.configs.method_configs import all_methods
     from nerfstudio.scripts.train import main
@@ -25,6 +26,8 @@ def train_in_process(method: str, output: Path, iterations: int, **options: Any)
     config.max_num_iterations = iterations
     config.machine.device_type = "cpu"
     config.vis = "tensorboard"  # no viewer, no network
+    if method in ("csd-edit", "csd-edit-tiny"):
+        config.pipeline.report = False  # type: ignore[attr-defined]
     for path, value in options.items():
         *parents, name = path.split("__")
         target = config
