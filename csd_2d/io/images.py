@@ -121,7 +121,7 @@ def to_picture(image: Image.Image, carried: Carried | None = None, numbers: np.n
     if isinstance(carried.colors, Profile):
         rgb = torch.from_numpy(carried.colors.to_srgb(scaled(colors))).permute(2, 0, 1)
     else:
-        rgb = torch.from_numpy(colors).permute(2, 0, 1).float() / np.iinfo(colors.dtype).max
+        rgb = torch.from_numpy(colors).permute(2, 0, 1).float().div_(np.iinfo(colors.dtype).max)
     if clear is not None:
         rgb[:, torch.from_numpy(clear)] = 1.0
     stored = colors if clear is not None or (carried.profile and carried.colors) else None
@@ -143,7 +143,7 @@ def _channels(image: Image.Image, carried: Carried, numbers: np.ndarray | None) 
         alpha = np.array(image.getchannel("A"))
     if isinstance(carried.colors, bytes):
         image = converted_by_tables(image if image.mode == "CMYK" else image.convert("RGB"), carried.colors)
-    return np.array(image.convert("RGB")), alpha
+    return np.array(image if image.mode == "RGB" else image.convert("RGB")), alpha
 
 
 def _wide_gray(image: Image.Image) -> np.ndarray:
