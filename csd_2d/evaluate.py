@@ -151,6 +151,7 @@ _METRICS = (
 )
 NEEDS = {
     "CLIP directional": "it needs --source-caption and --target-caption, which describe the images before and after.",
+    "reprojection error": "it needs a scene, seen by cameras without distortion.",
     "wrap seam": "it needs --wrap, for images of 360 degrees.",
     "ghosting": "it needs at least two images.",
     "change inside": "it needs --mask.",

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from nerfstudio.cameras.camera_paths import get_interpolated_camera_path
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.models.base_model import Model
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
@@ -23,20 +22,19 @@ from csd_2d.io.images import write_image
 from csd_2d.io.video import Clip, Streamed, write_clip
 from csd_2d.metrics.fidelity import change
 from csd_2d.report import write_report
+from csd_nerf.console import say
 from csd_nerf.cost import Cost
 from csd_nerf.edit.selection import farthest_points
-from csd_nerf.evaluate import NovelViews, novel_cameras, see, subject_of
+from csd_nerf.evaluate import NovelViews, novel_cameras, path_stops, path_through, see, subject_of
 from csd_nerf.source_run import read_checkpoint
 from csd_nerf.views.base import TrainingViews, eval_mode
 
 SHOWN = 8
 """Number of training views whose change is shown and measured, spread over the cameras' positions."""
-STOPS = 6
-"""Number of training cameras on the path of the film."""
 MEASURED = 12
 """Number of novel views that are measured."""
-FILM_WIDTH = 640
-"""Largest width of one half of a film, in pixels."""
+SMALLEST_FILM = 256
+"""Shortest side of one half of a film, in pixels; smaller ones are enlarged by a whole number."""
 
 
 def render(model: Model, camera: Cameras) -> Float[Tensor, "3 H W"]:
@@ -73,20 +71,19 @@ def camera_path(cameras: Cameras, frames: int) -> Cameras:
     Args:
         frames: number of cameras, at least.
     """
-    stops = farthest_points(cameras.camera_to_worlds[..., 3], STOPS)
-    stops = stops if len(stops) > 1 else 2 * stops  # a path from a single camera to itself
-    path = get_interpolated_camera_path(cameras[torch.tensor(stops)], -(-frames // (len(stops) - 1)), order_poses=True)
-    width = int(path.width.max())
-    path.rescale_output_resolution(min(1.0, FILM_WIDTH / width))
+    stops = path_stops(cameras)
+    path = path_through(stops, -(-frames // (len(stops) - 1)))
+    # Many players refuse an odd number of rows; the last one is left out.
+    path.width, path.height = path.width - path.width % 2, path.height - path.height % 2
     return path[:frames]
 
 
 class Artifacts:
     """Pictures, film and figures of an edit, in the run's folder.
 
-    before_after/: the image that conditioned the edit of a view beside the render of the edited scene; turntable.mp4:
-    the scene before and after, side by side; report.html and report.json: metrics of novel views; edit.json: prompts,
-    settings and costs; after distill also edited/: the edited scene from the training cameras.
+    before_after/: the image that conditioned the edit of a view, beside renders of the scene before and after;
+    turntable.mp4: the scene before and after, side by side; report.html and report.json: metrics of novel views;
+    edit.json: prompts, settings and costs; after distill also edited/: the edited scene from the training cameras.
 
     Args:
         source: the image that conditions the edit of a view.
@@ -115,6 +112,8 @@ class Artifacts:
             all_views: also write renders of the edited scene from each training camera.
         """
         views, cost = self._views, Cost()
+        also = (f", a film of {film_frames} frames" if film_frames else "") + (", metrics" if measured else "")
+        say(f"The scene is learned and saved. Making pictures of it before and after{also} …")
         with cost.counted(self._pipeline.device):
             shown = farthest_points(views.positions(), SHOWN)
             cameras = camera_path(views.cameras, film_frames) if film_frames else None
@@ -122,13 +121,14 @@ class Artifacts:
             after, films, novel_after = self._seen(shown, cameras, novel)
             with self._before():
                 before, films_before, novel_before = self._seen(shown, cameras, novel)
-            for index, picture in zip(shown, after, strict=True):
-                pair = torch.cat([self._source(index), picture], dim=-1)
-                write_image(pair, folder / "before_after" / f"{views.name(index)}.png")
+            for index, *scenes in zip(shown, before, after, strict=True):
+                picture = torch.cat([self._source(index), *scenes], dim=-1)
+                write_image(picture, folder / "before_after" / f"{views.name(index)}.png")
             for index in tqdm(range(len(views)), desc="edited views", unit="view") if all_views else ():
                 write_image(views.render(index), folder / "edited" / f"{views.name(index)}.png")
             if cameras is not None:
-                write_clip(side_by_side([films_before, films]), folder / "turntable.mp4")
+                enlarged = -(-SMALLEST_FILM // min(films[0].shape[-2:]))
+                write_clip(side_by_side([films_before, films], enlarged), folder / "turntable.mp4")
             if novel is not None:
                 self._measure(subject_of(novel_before, novel_after, novel), folder, report)
         masks = None if self._load_masks is None else self._load_masks()
@@ -162,6 +162,18 @@ class Artifacts:
             yield
         finally:
             self._pipeline.load_pipeline(edited, step=0)
+
+
+def results(folder: Path) -> dict[str, str]:
+    """List what there is in the folder of an edit for people to look at, and what it shows."""
+    kinds = {
+        "before_after": "of some views: what the edit was conditioned on, the scene before, the scene after",
+        "edited": "the edited training views",
+        "turntable.mp4": "a film of the scene before and after",
+        "report.html": "metrics of novel views, with pictures",
+        "edit.json": "prompts, settings, change and costs",
+    }
+    return {name: what for name, what in kinds.items() if (folder / name).exists()}
 
 
 def edits_before(checkpoint: Path) -> list[str]:

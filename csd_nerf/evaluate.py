@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.camera_paths import get_interpolated_camera_path
-from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.models.base_model import Model
 from nerfstudio.models.splatfacto import SplatfactoModel
@@ -28,7 +28,7 @@ from csd_nerf.views.base import FAR, eval_mode
 STOPS = 6
 """Number of training cameras between which the path leads."""
 WIDTH = 640
-"""Largest width of a novel view, in pixels."""
+"""Largest width of a novel view, or of one half of a film, in pixels."""
 
 
 def novel_cameras(cameras: Cameras, count: int) -> Cameras:
@@ -39,15 +39,33 @@ def novel_cameras(cameras: Cameras, count: int) -> Cameras:
     Args:
         count: at least 1.
     """
-    stops = farthest_points(cameras.camera_to_worlds[..., 3], STOPS)
-    stops = stops if len(stops) > 1 else 2 * stops  # a path from a single camera to itself
+    stops = path_stops(cameras)
     parts = len(stops) - 1
     each = -(-count // parts)
-    path = get_interpolated_camera_path(cameras[torch.tensor(stops)], each + 2, order_poses=True)
+    path = path_through(stops, each + 2)
     between = [part * (each + 2) + 1 + i for part in range(parts) for i in range(each)][:count]
-    chosen = path[torch.tensor(between)]
-    chosen.rescale_output_resolution(min(1.0, WIDTH / int(chosen.width.max())))
-    return chosen
+    return path[torch.tensor(between)]
+
+
+def path_stops(cameras: Cameras) -> Cameras:
+    """Choose cameras, at least 2, that a path through a scene leads through: far apart, a single one twice."""
+    stops = farthest_points(cameras.camera_to_worlds[..., 3], STOPS)
+    return cameras[torch.tensor(stops if len(stops) > 1 else 2 * stops)]
+
+
+def path_through(stops: Cameras, each: int) -> Cameras:
+    """Interpolate a path through some cameras, in the order that makes it short.
+
+    Args:
+        each: cameras from one stop to the next.
+    """
+    path = get_interpolated_camera_path(stops, each, order_poses=True)
+    # nerfstudio gives its cameras the principal point of one stop, and twice that as their size.
+    of_one = int(((stops.cx - path.cx[0]).abs() + (stops.cy - path.cy[0]).abs()).flatten().argmin())
+    path.width = torch.full_like(path.width, int(stops.width[of_one]))
+    path.height = torch.full_like(path.height, int(stops.height[of_one]))
+    path.rescale_output_resolution(min(1.0, WIDTH / int(path.width.max())))
+    return path
 
 
 @dataclass
@@ -95,8 +113,13 @@ def motions(points: list[Float[Tensor, "3 H W"]], cameras: Cameras) -> list[Moti
 
 
 def subject_of(before: NovelViews, after: NovelViews, cameras: Cameras) -> Subject:
-    """Make what is measured of the views of both scenes; the source's depth says where they show the same."""
-    return Subject("scene", before.images, after.images, motions=motions(before.points, cameras))
+    """Make what is measured of the views of both scenes; the source's depth says where they show the same.
+
+    Places are found again by a pinhole's projection: of other cameras it is not known where they are.
+    """
+    pinhole = bool((cameras.camera_type == CameraType.PERSPECTIVE.value).all())
+    known = motions(before.points, cameras) if pinhole else None
+    return Subject("scene", before.images, after.images, motions=known)
 
 
 def novel_views(before: Path, after: Path, count: int, device: str) -> Subject:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
-from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, MachineConfig, ViewerConfig
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
@@ -96,6 +96,11 @@ def _viewer(quit_when_done: bool) -> ViewerConfig:
     return ViewerConfig(websocket_host="127.0.0.1", quit_on_train_completion=quit_when_done)
 
 
+def _logging() -> LoggingConfig:
+    """Switch off nerfstudio's table of times, printed anew every ten steps, and the one at the end."""
+    return LoggingConfig(local_writer=LocalWriterConfig(enable=False), profiler="none")
+
+
 csd_scene_tiny = MethodSpecification(
     SceneTrainerConfig(
         method_name="csd-scene-tiny",
@@ -104,6 +109,7 @@ csd_scene_tiny = MethodSpecification(
         machine=MachineConfig(device_type="cpu"),
         pipeline=VanillaPipelineConfig(datamanager=_data(rays=1024), model=_tiny_model()),
         optimizers=_optimizers(lr=2e-2, lr_final=2e-3, steps=1000),
+        logging=_logging(),
         viewer=_viewer(quit_when_done=True),
         vis="viewer",
     ),
@@ -124,6 +130,7 @@ csd_edit_tiny = MethodSpecification(
         ),
         # Low learning rate for proposals: an edit changes colors, and samples should stay at the surfaces.
         optimizers=_optimizers(lr=5e-3, lr_final=1e-3, steps=450, proposal_lr=1e-3),
+        logging=_logging(),
         viewer=_viewer(quit_when_done=True),
         vis="viewer",
     ),
@@ -149,6 +156,7 @@ csd_edit = MethodSpecification(
             ),
         ),
         optimizers=_optimizers(lr=1e-2, lr_final=1e-3, steps=3000),
+        logging=_logging(),
         viewer=_viewer(quit_when_done=False),
         vis="viewer",
     ),
@@ -192,6 +200,7 @@ csd_edit_splat = MethodSpecification(
             }
             for group, lr in _SPLAT_LEARNING_RATES.items()
         },
+        logging=_logging(),
         viewer=_viewer(quit_when_done=False),
         vis="viewer",
     ),

@@ -1,11 +1,13 @@
 """The nerfstudio pipeline that edits its scene while it trains."""
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,6 @@ from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.models.base_model import Model
 from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -23,11 +24,22 @@ from csd_2d.config import EditConfig
 from csd_2d.prior import Prior
 from csd_2d.priors.loading import check_prior, load_prior
 from csd_nerf.artifacts import Artifacts, edits_before
+from csd_nerf.console import say, warn
 from csd_nerf.cost import Cost, time_left
 from csd_nerf.edit.distill import Distillation, cost_of_distilling
-from csd_nerf.edit.masks import Box, Sphere, masks_from_folder, masks_of_solid
+from csd_nerf.edit.masks import SCENE, Box, Coordinates, Sphere, masks_from_folder, masks_of_solid
+from csd_nerf.edit.place import (
+    FEW_RAYS,
+    FEW_VIEWS,
+    RAYS,
+    PixelOfView,
+    center_at,
+    check_shown,
+    data_coordinates,
+    look,
+)
 from csd_nerf.edit.rounds import DatasetUpdate
-from csd_nerf.edit.selection import Selection
+from csd_nerf.edit.selection import Selection, farthest_points
 from csd_nerf.edit.steering import ACTIONS, AT_NEXT_ROUND, AT_NEXT_STEP, IN_DISTILL, Settings, Steering
 from csd_nerf.source_run import check_fits, read_checkpoint
 from csd_nerf.viewer import EditViewer
@@ -92,7 +104,14 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     box: Box | None = None
     """In place of masks: only surfaces in this box of the scene are edited. Lowest x y z, highest x y z."""
     sphere: Sphere | None = None
-    """In place of masks: only surfaces in this sphere of the scene are edited. Center x y z, radius."""
+    """In place of masks: only surfaces in this sphere of the scene are edited. Center x y z, radius. At the start a run
+    prints where what the cameras look at lies."""
+    sphere_at: PixelOfView | None = None
+    """In place of sphere: its center is what a training view shows in a pixel. Name of the view's image, the pixel's x
+    and y from the upper left corner, radius."""
+    coordinates: Literal["scene", "data"] = "scene"
+    """Whose coordinates those of box and sphere are: the scene's as nerfstudio trains it, or the data's, as the poses
+    in transforms.json have them."""
     feather: float = 4.0
     """Width in pixels of the soft border, inside masks, box or sphere."""
     replay: Path | None = None
@@ -100,7 +119,7 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
     steps. Without a scene (--load-run) scene and settings, too, are those of that run."""
 
     def __post_init__(self) -> None:
-        local = [name for name in ("masks", "box", "sphere") if getattr(self, name) is not None]
+        local = [name for name in ("masks", "box", "sphere", "sphere_at") if getattr(self, name) is not None]
         if len(local) > 1 or (local and self.mode == "distill"):
             raise ValueError(f"{' and '.join(local)} cannot be used {'together' if len(local) > 1 else 'in distill'}.")
         if self.mode == "distill" and getattr(self.model, "stop_split_at", 0):
@@ -116,8 +135,16 @@ class CsdEditPipelineConfig(VanillaPipelineConfig):
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
 
 
-INITIAL_PICTURES = ("source", "masks")
+MASKS = "masks"
+"""Folder of a run with the masks of a solid."""
+NOWHERE: Sphere = (0.0, 0.0, 0.0, 0.0)
+"""Solid of a run that is resumed, whose masks were made before."""
+INITIAL_PICTURES = ("source", MASKS)
 """Folders of a run with the pictures that are made before its first step."""
+
+
+_SPEEDS = ("num_rays_per_sec", "fps")
+"""Names of nerfstudio's metrics, or beginnings of them, that do not compare images."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +256,9 @@ class CsdEditPipeline(VanillaPipeline):
         config, self.run, self._run = self.config, run, run
         views = self._views = training_views(self)
         with run.lock, views.sharing(run.lock):
+            place = self._place(views)
             source = self._source(views)
-        masks = self._masks(views)
+        masks = self._masks(views, place)
         # Runs with different --machine.seed draw different noise, too.
         edit = dataclasses.replace(config.edit, seed=run.seed + config.edit.seed)
         if config.mode == "distill":
@@ -252,7 +280,7 @@ class CsdEditPipeline(VanillaPipeline):
             self._distillation = Distillation(
                 views, source, self._prior, config.prompt, edit, parameters, self.viewer_control.observer
             )
-            CONSOLE.print(cost_of_distilling(edit, len(views)))
+            say(cost_of_distilling(edit, len(views)))
         else:
             self._warn_of_views_left_out(len(views))
             self.rounds = DatasetUpdate(
@@ -273,8 +301,8 @@ class CsdEditPipeline(VanillaPipeline):
         """Warn of rounds that will not reach all views of the scene."""
         size, rounds = self.config.views_per_round, -(-self._run.steps // self.config.steps_per_round)
         if 0 < size * rounds < views:
-            CONSOLE.print(
-                f"[yellow]{rounds} round{'s' * (rounds > 1)} of {size} views will not reach all {views}, and the scene "
+            warn(
+                f"{rounds} round{'s' * (rounds > 1)} of {size} views will not reach all {views}, and the scene "
                 "will be a mixture of edited and unedited views; raise --max-num-iterations, or leave "
                 "--pipeline.views-per-round at 0."
             )
@@ -312,7 +340,7 @@ class CsdEditPipeline(VanillaPipeline):
                 done = update.run_round(step, name)
             count = len(update.costs) + to_come
             left = time_left(update.costs, count, self.training_cost, step, run.steps) if done else ""
-            CONSOLE.print(f"{name} is {'done' if done else 'interrupted'}{left}.")
+            say(f"{name} is {'done' if done else 'interrupted'}{left}.")
             if done and not getattr(self.model.config, "stop_split_at", 0):
                 self._before_round = {name: tensor.cpu().clone() for name, tensor in self.state_dict().items()}
         if done:
@@ -390,6 +418,9 @@ class CsdEditPipeline(VanillaPipeline):
 
     def _prior(self) -> Prior:
         config = self.config
+        if config.prior != "analytic" and not sys.stderr.isatty():
+            # Bars within bars move the cursor, whatever they are written to.
+            import_module("transformers.utils.logging").disable_progress_bar()
         # A model is built from random weights; drawing them must not shift the rays of the training.
         device = torch.device(self.device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -414,17 +445,47 @@ class CsdEditPipeline(VanillaPipeline):
             views.supervise(index, source(index))
         return source
 
-    def _masks(self, views: TrainingViews) -> Callable[[], list[Tensor]] | None:
+    def _place(self, views: TrainingViews) -> tuple[Sphere | Box, Coordinates] | None:
+        """Find the solid that is edited, and say where the scene lies; None if there is no solid.
+
+        Raises:
+            ValueError: if the views show nothing of it.
+        """
+        config = self.config
+        solid = config.box or config.sphere
+        coordinates = SCENE
+        if config.coordinates == "data":
+            datamanager: Any = self.datamanager
+            coordinates = data_coordinates(datamanager.train_dataparser_outputs, datamanager.config.dataparser)
+        local = solid is not None or config.sphere_at is not None
+        if self._run.start or (self._run.folder / MASKS).is_dir():  # a run that is resumed
+            return (solid or NOWHERE, coordinates) if local else None
+        few = farthest_points(views.positions(), FEW_VIEWS)
+        rays = RAYS["cuda" if torch.device(self.device).type == "cuda" else "cpu"]
+        seen = look(views, range(len(views)), rays) if solid else look(views, few, FEW_RAYS)
+        say(f"The cameras look at {seen.extent(coordinates)}, for the most part.")
+        if config.sphere_at is not None:
+            x, y, z, radius = solid = center_at(views, config.sphere_at)
+            say(f"The sphere's center is {x:.3g} {y:.3g} {z:.3g} of {SCENE.name}, its radius {radius:g}.")
+            return solid, SCENE
+        if solid is None:
+            return None
+        check_shown(seen, solid, coordinates)
+        return solid, coordinates
+
+    def _masks(
+        self, views: TrainingViews, place: tuple[Sphere | Box, Coordinates] | None
+    ) -> Callable[[], list[Tensor]] | None:
         """Choose how the masks of a local edit are made; None if everything may change."""
-        config, folder = self.config, self._run.folder / "masks"
+        config, folder = self.config, self._run.folder / MASKS
         if config.masks is not None:
             return partial(masks_from_folder, views, config.masks, config.feather)
-        solid = config.box or config.sphere
-        if solid is None:
+        if place is None:
             return None
 
         def masks() -> list[Tensor]:
-            made: list[Tensor] = [] if folder.is_dir() else masks_of_solid(views, solid, config.feather)
+            solid, coordinates = place
+            made = [] if folder.is_dir() else masks_of_solid(views, solid, config.feather, coordinates)
             mask = initial_pictures(folder, views, lambda index: made[index].expand(3, -1, -1), "masks")
             return [mask(index)[:1] for index in range(len(views))]
 
@@ -475,6 +536,11 @@ class CsdEditPipeline(VanillaPipeline):
                 "training": self.training_cost.rounded(),
             },
         }
+
+    def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Compute nerfstudio's metrics, for `ns-eval`, under names that say what renders are compared with."""
+        metrics = super().get_average_eval_image_metrics(*args, **kwargs)
+        return {name if name.startswith(_SPEEDS) else f"unedited_photographs_{name}": metrics[name] for name in metrics}
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         if self._distillation is None:

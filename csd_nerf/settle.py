@@ -5,30 +5,43 @@ from pathlib import Path
 from typing import Any
 
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 
 from csd_2d.presets import load_preset, scene_preset
 from csd_2d.priors.loading import check_prior
+from csd_nerf.capture import check_capture, check_same_scene
 from csd_nerf.edit.resume import restore_config
 from csd_nerf.models import SceneModelConfig, SplatModelConfig
-from csd_nerf.source_run import check_data, check_kind, find_checkpoint, implementation, read_checkpoint, read_run
+from csd_nerf.source_run import (
+    SourceRun,
+    check_kind,
+    find_checkpoint,
+    implementation,
+    read_checkpoint,
+    read_run,
+)
 
 DISTILL_STEPS_PER_SAVE = 250
 """At most: a step of distill takes far longer than one that learns images."""
 
 _NOT_RESTORED = frozenset(
-    {"resume", "vis", "viewer", "logging"}
+    {"resume", "vis", "viewer", "logging", "verbose"}
     | {f"pipeline.{name}" for name in ("micro_batch", "offload", "local_files_only")}
 )
 """Settings that change no result; a resumed run need not have those it was begun with."""
 
 
-def settle_scene(config: Any) -> None:
-    """Check the data of a run that trains a scene.
+def settle_scene(config: Any) -> DataparserOutputs:
+    """Check the data of a run that trains a scene; returns its training views.
 
     Raises:
-        ValueError, OSError: if they cannot be used.
+        ValueError, OSError: if they cannot be used. Whatever nerfstudio's data parser raises.
     """
-    check_data(config.pipeline.datamanager.data, config.dataparser)
+    datamanager = config.pipeline.datamanager
+    return check_capture(
+        datamanager.data, config.dataparser, one_kind=isinstance(datamanager, VanillaDataManagerConfig)
+    )
 
 
 def settle_edit(config: Any, defaults: Any) -> None:
@@ -52,8 +65,10 @@ def settle_edit(config: Any, defaults: Any) -> None:
         return
     _settle_prompt(config)
     _settle_training(config, defaults)
-    _settle_checkpoint(config)
-    settle_scene(config)
+    source = _settle_checkpoint(config)
+    views = settle_scene(config)
+    if source is not None:
+        check_same_scene(views, source, config.pipeline.datamanager.data)
     _check_folder(config)
     _fit_to_checkpoint(config)
 
@@ -140,8 +155,8 @@ def _set_steps(config: Any, steps: int) -> None:
     config.optimizers, config.max_num_iterations = optimizers, steps
 
 
-def _settle_checkpoint(config: Any) -> None:
-    """Find the scene's checkpoint, and inherit from its run."""
+def _settle_checkpoint(config: Any) -> SourceRun | None:
+    """Find the scene's checkpoint, and inherit from its run, if that is given; returns the run."""
     given = [name for name in ("load_run", "load_dir", "load_checkpoint") if getattr(config, name) is not None]
     if len(given) != 1:
         options = " and ".join("--" + name.replace("_", "-") for name in given) or "neither of them"
@@ -149,18 +164,25 @@ def _settle_checkpoint(config: Any) -> None:
             "there must be one scene to edit: set --load-run RUN/config.yml, or --load-dir RUN/nerfstudio_models; "
             f"got {options}."
         )
+    source = None
     if config.load_run is not None:
-        config.load_dir = _inherit(config, config.load_run)
+        source = _inherit(config, config.load_run)
+        config.load_dir = source.checkpoints
     if config.load_dir is not None:
         config.load_checkpoint = find_checkpoint(config.load_dir, config.load_step)
     assert config.load_checkpoint is not None
     config.load_checkpoint = config.load_checkpoint.absolute()  # a resumed run need not begin in this folder
     # Kept in our config.yml they would send ns-eval and ns-render after the source's step.
     config.load_dir = config.load_step = None
+    return source
 
 
-def _inherit(config: Any, run: Path) -> Path:
-    """Take model sizes, data parser and data from a pretrained run; returns the folder of its checkpoints."""
+_OF_THE_VIEWS = ("camera_res_scale_factor", "patch_size")
+"""Settings of a data manager that decide what of the data a scene is trained on."""
+
+
+def _inherit(config: Any, run: Path) -> SourceRun:
+    """Take over from a pretrained run what its views are and the sizes of its model."""
     model: SceneModelConfig | SplatModelConfig = config.pipeline.model
     source = read_run(run, model.kind)
     names = {f.name for f in dataclasses.fields(model)} - model.set_by_edit
@@ -174,9 +196,12 @@ def _inherit(config: Any, run: Path) -> Path:
         raise FileNotFoundError(f"the data of --load-run {run} are not at {data} any more; set --data.")
     datamanager.data = data
     datamanager.dataparser = source.dataparser
+    for name in _OF_THE_VIEWS:
+        if name in source.datamanager and hasattr(datamanager, name):
+            setattr(datamanager, name, source.datamanager[name])
     if config.pipeline.source is None:
         config.pipeline.source = "current" if source.edited else "original"
-    return source.checkpoints
+    return source
 
 
 def _check_folder(config: Any) -> None:

@@ -1,7 +1,6 @@
 """Read a pretrained run: its config, without executing it, and its checkpoint."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,11 +10,8 @@ import torch
 import yaml
 from nerfstudio.configs.dataparser_configs import all_dataparsers
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor
-
-from csd_2d.io.images import read_image
 
 SceneKind = Literal["nerfacto", "splatfacto"]
 """Model of a scene: nerfacto or splatfacto. Our own methods have the parameters of one or the other."""
@@ -30,6 +26,8 @@ class SourceRun:
     model: dict[str, Any]
     """Fields of its model's config."""
     dataparser: DataParserConfig
+    datamanager: dict[str, Any]
+    """Fields of its data manager's config."""
     data: Path
     """Data it was trained on."""
     checkpoints: Path
@@ -131,7 +129,7 @@ def read_run(path: Path, kind: SceneKind) -> SourceRun:
         found = "splatfacto"
     _refuse_others(found, kind, f"--load-run {config_path} is a run of '{config.get('method_name')}'")
     edited = str(config.get("method_name")).startswith("csd-edit")
-    return SourceRun(dict(model), dataparser_of(dataparser), data, checkpoints, edited)
+    return SourceRun(dict(model), dataparser_of(dataparser), dict(datamanager), data, checkpoints, edited)
 
 
 def _refuse_others(found: SceneKind | None, expected: SceneKind, what: str) -> None:
@@ -285,45 +283,3 @@ def check_fits(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> None
             f"the checkpoint does not fit the model ({shown}): it is of another method or of other sizes; "
             "give --load-run RUN/config.yml, which takes over the run's sizes, instead of --load-dir."
         )
-
-
-def check_data(data: Path | None, dataparser: DataParserConfig) -> None:
-    """Check the data before a run's folder is made.
-
-    Raises:
-        FileNotFoundError: if the data or their transforms.json are missing.
-        ValueError: if none are given, or transforms.json is corrupt or names no image.
-    """
-    path = data if data is not None else dataparser.data
-    if path == Path():
-        raise ValueError("no data; set --data to a folder with images and a transforms.json.")
-    if not path.exists():
-        raise FileNotFoundError(f"no data at {path}; set --data.")
-    if not isinstance(dataparser, NerfstudioDataParserConfig):
-        return
-    if not _transforms(path).is_file():
-        raise FileNotFoundError(f"{path} holds no transforms.json; set --data to a folder that ns-process-data wrote.")
-    if not _image_files(path):
-        raise ValueError(f"{_transforms(path)} names no images.")
-
-
-def check_images(data: Path) -> None:
-    """Read all images of a nerfstudio scene, to find the one that nerfstudio failed on, which it does not name.
-
-    Raises:
-        FileNotFoundError, ValueError: for the first that is missing or no image.
-    """
-    for path in _image_files(data):
-        read_image(path)
-
-
-def _transforms(data: Path) -> Path:
-    return data if data.suffix == ".json" else data / "transforms.json"
-
-
-def _image_files(data: Path) -> list[Path]:
-    path = _transforms(data)
-    try:
-        return [path.parent / frame["file_path"] for frame in json.loads(path.read_text(encoding="utf8"))["frames"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as a nerfstudio scene ({error!r}).") from error

@@ -1,31 +1,63 @@
 """Training from the command line: scenes, edits of scenes, and errors in one sentence."""
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from nerfstudio.configs.base_config import ViewerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils import writer
-from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.viewer.viewer import Viewer
 
-from csd_2d.errors import NonFiniteError, one_sentence
+from csd_2d.errors import NonFiniteError
 from csd_2d.io.files import UNFINISHED
+from csd_nerf.artifacts import results
+from csd_nerf.capture import check_images
+from csd_nerf.console import Progress, quiet_nerfstudio, say, told
 from csd_nerf.edit.resume import EDIT_STATE_SUFFIX, latest_whole_checkpoint, random_state, set_random_state
 from csd_nerf.pipeline import INITIAL_PICTURES, CsdEditPipeline, CsdEditPipelineConfig, Run
 from csd_nerf.settle import settle_edit, settle_scene
-from csd_nerf.source_run import check_images, read_checkpoint
+from csd_nerf.source_run import read_checkpoint
+
+OPEN_TO_ALL, ONLY_HERE = ViewerConfig().websocket_host, "127.0.0.1"
+"""Addresses that a viewer listens at: nerfstudio's default, and ours."""
+FIRST_FILES = ("config.yml", "edit.json", "dataparser_transforms.json")
+"""Files that a run writes before it saves anything."""
 
 
+def first(*names: str) -> Callable[[type], type]:
+    """Make a class decorator that puts some fields of a dataclass first, which is the order of `--help`.
+
+    Example:
+        >>> @first("b")
+        ... @dataclass
+        ... class Config:
+        ...     a: int = 0
+        ...     b: int = 1
+        >>> [field.name for field in dataclasses.fields(Config)]
+        ['b', 'a']
+    """
+
+    def reordered(cls: Any) -> Any:
+        known = cls.__dataclass_fields__
+        cls.__dataclass_fields__ = {name: known[name] for name in (*names, *(n for n in known if n not in names))}
+        return cls
+
+    return reordered
+
+
+@first("data", "max_num_iterations", "output_dir", "experiment_name", "vis", "verbose", "pipeline")
 @dataclass
 class SceneTrainerConfig(TrainerConfig):
     """Settings for training a scene."""
@@ -33,6 +65,15 @@ class SceneTrainerConfig(TrainerConfig):
     _target: type = field(default_factory=lambda: SceneTrainer)
     # It would replace this config by another run's and then overwrite that run's file.
     load_config: tyro.conf.Fixed[Path | None] = None
+    verbose: bool = False
+    """Print what nerfstudio and its libraries print, too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the viewer to this machine: `ns-viewer` gives a finished run a viewer of its own, open to all."""
+        viewer = self.__dict__.get("viewer")
+        if name == "viewer" and viewer is not None and value != viewer and value.websocket_host == OPEN_TO_ALL:
+            value = dataclasses.replace(value, websocket_host=ONLY_HERE)
+        super().__setattr__(name, value)
 
     @property
     def dataparser(self) -> DataParserConfig:
@@ -41,13 +82,23 @@ class SceneTrainerConfig(TrainerConfig):
 
     def set_timestamp(self) -> None:
         """Settle the config, and name the run. ns-train calls this first, before anything is written."""
-        with one_sentence(self.method_name):
+        with told(self.method_name):
             self.settle()
         super().set_timestamp()
 
+    def print_to_terminal(self) -> None:
+        """Say what is done and where the results go; with `verbose` all settings, as nerfstudio does."""
+        if self.verbose:
+            super().print_to_terminal()
+        say(f"{self.what()}; results go to {self.get_base_dir()}")
+
+    def what(self) -> str:
+        """Say what the run does."""
+        return f"Training a scene of {self.pipeline.datamanager.data}"
+
     def save_config(self) -> None:
         """Write config.yml into the run's folder."""
-        with one_sentence(self.method_name):
+        with told(self.method_name), quiet_nerfstudio(self.verbose):
             super().save_config()
 
     def settle(self) -> None:
@@ -64,54 +115,112 @@ def _close_event_writers() -> None:
 
 
 class SceneTrainer(Trainer):
-    """nerfstudio's trainer, whose errors are one sentence.
+    """nerfstudio's trainer, which says what matters, and whose errors are one sentence.
 
-    A run that fails before its first checkpoint removes the files it wrote.
+    A run that fails, or is interrupted, before anything is saved removes the files it wrote.
     """
 
     config: SceneTrainerConfig  # type: ignore[assignment]
 
+    def __init__(self, config: SceneTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
+        with quiet_nerfstudio(config.verbose):
+            super().__init__(config, local_rank, world_size)
+
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         _close_event_writers()
-        with self._cleaning(), one_sentence(self.config.method_name):
+        with self._ending(), quiet_nerfstudio(self.config.verbose):
             try:
                 super().setup(test_mode)
                 self._begin()
-            except OSError:
-                data = self.config.pipeline.datamanager.data
-                if data is not None and isinstance(self.config.dataparser, NerfstudioDataParserConfig):
-                    check_images(data)
+            except (OSError, SyntaxError):  # of PIL, which names no file
+                check_images(self.config.pipeline.datamanager.data, self.config.dataparser)
                 raise
+        self.callbacks.append(TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], self._announce))
 
     def _begin(self) -> None:
         """Prepare what training needs beside nerfstudio's own setup."""
+        if isinstance(self.viewer_state, Viewer):
+            say("\n".join(self.viewer_state.viewer_info))
 
     def train(self) -> None:
         try:
-            with self._cleaning(), one_sentence(self.config.method_name):
-                super().train()
+            with self._ending(), quiet_nerfstudio(self.config.verbose):
+                total = self._start_step + self.config.max_num_iterations
+                with Progress("training", self._start_step, total) as self._progress:
+                    super().train()
         finally:
             _close_event_writers()
 
+    def train_iteration(self, step: int) -> Any:
+        result = super().train_iteration(step)
+        self._progress.step_done()
+        return result
+
+    def _announce(self, step: int) -> None:
+        """Say what there is now, and what can be done with it."""
+        self._progress.close()
+        config = self.base_dir / "config.yml"
+        say(f"Done. The scene is in {self.base_dir}")
+        editor = self.config.method_name.replace("scene", "edit")  # type: ignore[union-attr]
+        self._say_commands(
+            {
+                "edit it": ["ns-train", editor, "--load-run", str(config), "--pipeline.prompt", "make it night"],
+                "look at it": ["ns-viewer", "--load-config", str(config)],
+            }
+        )
+
+    def _say_commands(self, commands: dict[str, list[str]]) -> None:
+        width = max(map(len, commands)) + 1
+        for purpose, command in commands.items():
+            say(f"  {purpose + ':':<{width}} {shlex.join(command)}")
+        if self.viewer_state is not None and not self.config.viewer.quit_on_train_completion:
+            say("The viewer stays open until you press Ctrl-C.")
+
+    def _train_complete_viewer(self) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # how users leave it; there is nothing left to resume
+            super()._train_complete_viewer()
+
+    @property
+    def _something_is_kept(self) -> bool:
+        """Whether anything is saved that a run can go on from, be it the state of a round that is not finished."""
+        return any(self.checkpoint_dir.glob("*.ckpt")) or any(self.base_dir.glob("rounds/[!.]*"))
+
     @contextlib.contextmanager
-    def _cleaning(self) -> Iterator[None]:
+    def _ending(self) -> Iterator[None]:
+        """Turn errors and Ctrl-C into a sentence each; nothing is left of a run that has saved nothing."""
         try:
-            yield
-        except SystemExit:
-            # Finished rounds are worth keeping: the run can be resumed.
-            if not any(self.checkpoint_dir.glob("*.ckpt")) and not any(self.base_dir.glob("rounds/*")):
-                _close_event_writers()
-                for pattern in ("config.yml", "edit.json", "dataparser_transforms.json", "events.out.tfevents.*"):
-                    for path in self.base_dir.glob(pattern):
-                        path.unlink()
-                for name in INITIAL_PICTURES:
-                    shutil.rmtree(self.base_dir / name, ignore_errors=True)
-                with contextlib.suppress(OSError):  # a folder with anything else in it stays
-                    for folder in (self.base_dir, *self.base_dir.parents[:3]):
-                        folder.rmdir()
-            raise
+            with told(self.config.method_name):
+                yield
+        except (SystemExit, KeyboardInterrupt) as end:
+            kept = self._something_is_kept
+            if not kept:
+                self._remove()
+            if isinstance(end, SystemExit):
+                raise
+            say(f"Interrupted. {self._way_on() if kept else 'Nothing was saved yet, and nothing is kept.'}")
+            raise SystemExit(130) from None  # nerfstudio would print the traceback of a KeyboardInterrupt
+
+    def _way_on(self) -> str:
+        """Say what can be done with a run that was interrupted."""
+        return f"What was learned up to the last save is in {self.checkpoint_dir}"
+
+    def _remove(self) -> None:
+        """Remove the files of a run that has saved nothing."""
+        _close_event_writers()
+        patterns = (*FIRST_FILES, self.config.viewer.relative_log_filename, "events.out.tfevents.*")
+        for path in (path for pattern in patterns for path in self.base_dir.glob(pattern)):
+            path.unlink()
+        for path in (*(self.base_dir / name for name in INITIAL_PICTURES), *self.base_dir.rglob(f"{UNFINISHED}*")):
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a folder with anything else in it stays
+            for folder in (self.base_dir / "rounds", self.checkpoint_dir):
+                if folder.is_dir():
+                    folder.rmdir()
+            for folder in (self.base_dir, *self.base_dir.parents[:3]):
+                folder.rmdir()
 
 
+@first("load_run", "prompt", "resume", "data", "max_num_iterations", "output_dir", "vis", "verbose", "pipeline")
 @dataclass
 class EditTrainerConfig(SceneTrainerConfig):
     """Settings for editing a pretrained scene."""
@@ -127,6 +236,11 @@ class EditTrainerConfig(SceneTrainerConfig):
     Its settings are restored, whatever other options say, except those that change no result: vis, viewer, logging, and
     the pipeline's micro-batch, offload and local-files-only. --data and --load-checkpoint name the places of the data
     and of the scene's checkpoint, if they were moved."""
+
+    def what(self) -> str:
+        """Say what the run does."""
+        verb = "Going on with the edit of" if self.resume is not None else "Editing"
+        return f"{verb} the scene of {self.load_checkpoint}: {self.pipeline.prompt}"
 
     def settle(self) -> None:
         """See `csd_nerf.settle.settle_edit`."""
@@ -160,7 +274,6 @@ class EditTrainer(SceneTrainer):
             found = latest_whole_checkpoint(self.checkpoint_dir)
         if found is None:
             self.pipeline.load_pipeline(read_checkpoint(self.config.load_checkpoint), step=0)
-            CONSOLE.print(f"Editing the scene of {self.config.load_checkpoint}")
             return
         state, self._edit_state = found
         self.pipeline.load_pipeline(state["pipeline"], step=state["step"])
@@ -169,7 +282,7 @@ class EditTrainer(SceneTrainer):
         self.grad_scaler.load_state_dict(state["scalers"])
         self.step = state["step"]
         self._start_step = self.step + 1
-        CONSOLE.print(f"Going on after step {self._start_step} of {self.config.max_num_iterations}")
+        say(f"Going on after step {self._start_step} of {self.config.max_num_iterations}")
 
     def _begin(self) -> None:
         self._trained = max(self._start_step - 1, 0)
@@ -197,16 +310,33 @@ class EditTrainer(SceneTrainer):
         self.config.max_num_iterations = total - self._start_step  # nerfstudio counts from the step it starts at
         try:
             super().train()
-        except KeyboardInterrupt:
-            command = ["ns-train", self.config.method_name, "--resume", str(self.base_dir / "config.yml")]
-            CONSOLE.print(f"Interrupted. To go on: {shlex.join(command)}", soft_wrap=True, markup=False)
-            raise SystemExit(130) from None  # nerfstudio would print the traceback of a KeyboardInterrupt
         finally:
             self.config.max_num_iterations = total
 
-    def _train_complete_viewer(self) -> None:
-        with contextlib.suppress(KeyboardInterrupt):  # how users leave it; there is nothing left to resume
-            super()._train_complete_viewer()
+    @property
+    def _something_is_kept(self) -> bool:
+        return self.config.resume is not None or super()._something_is_kept
+
+    def _way_on(self) -> str:
+        command = ["ns-train", str(self.config.method_name), "--resume", str(self.base_dir / "config.yml")]
+        return f"To go on: {shlex.join(command)}"
+
+    def _announce(self, step: int) -> None:
+        self._progress.close()
+        config = str(self.base_dir / "config.yml")
+        say(f"Done. Results in {self.base_dir}:")
+        for name, what in results(self.base_dir).items():
+            say(f"  {name:<14} {what}")
+        self._say_commands(
+            {
+                "look at it": ["ns-viewer", "--load-config", config],
+                "render it": ["ns-render", "dataset", "--load-config", config, "--output-path", "renders"],
+                "edit it again": [
+                    *("ns-train", str(self.config.method_name), "--load-run", config),
+                    *("--pipeline.prompt", "make it snowy"),
+                ],
+            }
+        )
 
     def train_iteration(self, step: int) -> Any:
         device = self.pipeline.device

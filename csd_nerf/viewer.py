@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer_elements import ViewerControl
 
 from csd_2d.io.images import read_image
 from csd_2d.observer import WIDTH, Budget, Observer, thumbnail
 from csd_2d.panel import EDITED, ORIGINAL, SCENES, SPLIT, Panel, Row, amplified, as_markdown, grid, ssh_line
 from csd_nerf.artifacts import render
+from csd_nerf.console import say, warn
 from csd_nerf.cost import duration, peak_memory_mb
 from csd_nerf.edit.selection import farthest_points
 from csd_nerf.source_run import read_checkpoint
@@ -116,10 +116,9 @@ class EditViewer(ViewerControl):
         self.viser_server.on_client_connect(lambda client: self._look_from(client, 0))
         if live:
             port = self.viser_server.get_port()
-            CONSOLE.print(
+            say(
                 f"Watch and steer the edit at http://localhost:{port}; if this is a remote machine, first, on yours: "
-                f"{ssh_line(port)}",
-                soft_wrap=True,
+                f"{ssh_line(port)}"
             )
         threading.Thread(target=self._work, args=(live,), daemon=True, name="csd-edit panel").start()
 
@@ -351,7 +350,7 @@ class EditViewer(ViewerControl):
                     self._shown_version = 0
                     self._show_record()
             except Exception as error:  # a picture that fails must not end the panel, nor the training
-                CONSOLE.print(f"[yellow]The panel could not be updated: {type(error).__name__}: {error}")
+                warn(f"The panel could not be updated: {type(error).__name__}: {error}")
                 time.sleep(5)
 
     def _update(self) -> None:

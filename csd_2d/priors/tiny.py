@@ -1,6 +1,7 @@
 """The InstructPix2Pix that ships with the package, as a prior."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from csd_2d import tiny
@@ -29,9 +30,11 @@ class TinyPrior(InstructPix2PixPrior):
 
 
 def check_words(prompts: Sequence[str]) -> None:
-    """Check that the model was trained on all words of some prompts. ValueError if not; it lists the instructions."""
+    """Check that the model was trained on all words of some prompts. ValueError if not; it names the nearest."""
     if unknown := [word for prompt in prompts for word in unknown_words(prompt)]:
+        nearest = get_close_matches(" ".join(prompts), INSTRUCTIONS, n=5, cutoff=0)
         raise ValueError(
-            f"the tiny model was never taught the words {', '.join(map(repr, unknown))}; it knows: "
-            f"{'; '.join(INSTRUCTIONS)}. The prior ip2p follows any instruction."
+            f"the tiny model was never taught the words {', '.join(map(repr, unknown))}; the nearest of its "
+            f"{len(INSTRUCTIONS)} instructions are: {'; '.join(nearest)} (all: README, 'The tiny model'). The prior "
+            "ip2p follows any instruction."
         )

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,25 +22,65 @@ Box = tuple[float, float, float, float, float, float]
 """Lowest x, y, z and highest x, y, z."""
 
 
-def inside(points: Float[Tensor, "3 H W"], solid: Sphere | Box) -> Float[Tensor, "1 H W"]:
-    """Mark points inside the solid with 1, others with 0.
+@dataclass(frozen=True)
+class Coordinates:
+    """Coordinates that a scene's own can be converted to."""
+
+    name: str
+    """Whose they are."""
+    matrix: Float[Tensor, "3 4"]
+    """From the scene's."""
+
+    def __call__(self, points: Float[Tensor, "3 ..."]) -> Float[Tensor, "3 ..."]:
+        """Convert points of the scene."""
+        matrix = self.matrix.to(points)
+        return (matrix[:, :3] @ points.flatten(1) + matrix[:, 3:]).view_as(points)
+
+    @property
+    def scale(self) -> float:
+        """Length of one of the scene's units in these."""
+        return float(self.matrix[:, 0].norm())
+
+    def extent(self, points: Float[Tensor, "3 n"]) -> str:
+        """Describe where points of the scene lie, without the outermost 5 % on each side and pixels without a surface.
+
+        Example:
+            >>> line = torch.linspace(0, 1, 101) * torch.ones(3, 1)
+            >>> SCENE.extent(line)
+            'x 0.05 to 0.95, y 0.05 to 0.95, z 0.05 to 0.95'
+        """
+        shown = self(points).where(points.norm(dim=0) < FAR / 2, torch.nan)
+        ranges = shown.nanquantile(torch.tensor([0.05, 0.95]), dim=1).T.tolist()
+        return ", ".join(f"{axis} {low:.3g} to {high:.3g}" for axis, (low, high) in zip("xyz", ranges, strict=True))
+
+
+SCENE = Coordinates("the scene as it was trained", torch.eye(4)[:3])
+
+
+def outside(points: Float[Tensor, "3 ..."], solid: Sphere | Box) -> Float[Tensor, "..."]:
+    """Compute the distance of points from a solid; 0 inside.
 
     Example:
-        >>> import torch
-        >>> points = torch.tensor([[0.0, 0.5], [0.0, 0.5], [0.0, 2.0]])[:, None]
-        >>> inside(points, (0.0, 0.0, 0.0, 1.0)).tolist(), inside(points, (-1, -1, -1, 1, 1, 1)).tolist()
-        ([[[1.0, 0.0]]], [[[1.0, 0.0]]])
+        >>> points = torch.tensor([[0.0, 0.5], [0.0, 0.5], [0.0, 2.0]])
+        >>> [round(distance, 2) for distance in outside(points, (0.0, 0.0, 0.0, 2.0)).tolist()]
+        [0.0, 0.12]
+        >>> outside(points, (-1, -1, -1, 1, 1, 1)).tolist()
+        [0.0, 1.0]
     """
+    shape = (3, *[1] * (points.ndim - 1))
     if len(solid) == 4:
-        within = (points - points.new_tensor(solid[:3])[:, None, None]).norm(dim=0) <= solid[3]
-    else:
-        low, high = points.new_tensor(solid).view(2, 3, 1, 1)
-        within = ((points >= low) & (points <= high)).all(0)
-    return within[None].float()
+        return ((points - points.new_tensor(solid[:3]).view(shape)).norm(dim=0) - solid[3]).clamp(min=0)
+    low, high = (points.new_tensor(corner).view(shape) for corner in (solid[:3], solid[3:]))
+    return torch.maximum(low - points, points - high).clamp(min=0).norm(dim=0)
 
 
-def masks_of_solid(views: TrainingViews, solid: Sphere | Box, feather: float) -> list[Float[Tensor, "1 H W"]]:
+def masks_of_solid(
+    views: TrainingViews, solid: Sphere | Box, feather: float, coordinates: Coordinates = SCENE
+) -> list[Float[Tensor, "1 H W"]]:
     """Mark, in each view, the pixels whose surface in the scene lies in the solid.
+
+    Args:
+        coordinates: those that the solid is given in.
 
     Raises:
         ValueError: if no view shows anything of it.
@@ -47,21 +88,15 @@ def masks_of_solid(views: TrainingViews, solid: Sphere | Box, feather: float) ->
     masks, seen = [], []
     for index in range(len(views)):
         points = views.surface(index)
-        masks.append(feathered(inside(points, solid), feather))
+        within = outside(points if coordinates is SCENE else coordinates(points), solid) == 0
+        masks.append(feathered(within[None].float(), feather))
         seen.append(points.flatten(1)[:, :: max(points[0].numel() // SAMPLED, 1)])
     if not any(bool(mask.any()) for mask in masks):
         raise ValueError(
             f"nothing that the views show lies in {solid}, or nothing wider than --pipeline.feather {feather}; most of "
-            f"it lies in {_extent(torch.cat(seen, dim=1))}, in units of the scene as it was trained."
+            f"it lies in {coordinates.extent(torch.cat(seen, dim=1))}, in units of {coordinates.name}."
         )
     return masks
-
-
-def _extent(points: Float[Tensor, "3 n"]) -> str:
-    """Describe where points lie, without the outermost 5 % on each side and pixels that show nothing."""
-    shown = points.where(points.norm(dim=0) < FAR / 2, torch.nan)
-    ranges = shown.nanquantile(torch.tensor([0.05, 0.95]), dim=1).T.tolist()
-    return ", ".join(f"{axis} {low:.3g} to {high:.3g}" for axis, (low, high) in zip("xyz", ranges, strict=True))
 
 
 def masks_from_folder(views: TrainingViews, folder: str | Path, feather: float) -> list[Float[Tensor, "1 H W"]]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nerfstudio.utils.rich_utils import CONSOLE
 
+from csd_nerf.console import warn
 from csd_nerf.source_run import PlainName, PlainObject, config_file, dataparser_of, read_plain_config
 
 EDIT_STATE_SUFFIX = ".rest"
@@ -51,7 +51,7 @@ def latest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any
             if checkpoint["step"] != edit_state["step"]:
                 raise ValueError("two halves of different steps")
         except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, ValueError):
-            CONSOLE.print(f"[yellow]{path.name} is not whole; going on from what was saved before it.")
+            warn(f"{path.name} is not whole; going on from what was saved before it.")
             continue
         return checkpoint, edit_state
     return None

@@ -4,13 +4,12 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from csd_2d.cells import common_size
@@ -23,11 +22,13 @@ from csd_2d.metrics.fidelity import change
 from csd_2d.mixing import FindCorrespondence
 from csd_2d.observer import Observer
 from csd_2d.prior import Prior
+from csd_nerf.console import warn
 from csd_nerf.cost import Cost
 from csd_nerf.edit.selection import Selection, ViewRounds
 from csd_nerf.edit.steering import Settings, Steering
 from csd_nerf.views.base import TrainingViews
 from csd_nerf.views.correspondence import view_correspondence
+from csd_nerf.views.surround import extended, joined
 
 SMALLEST_CHANGE = 0.01
 """Mean change of the first round's views, within masks, in RGB from 0 to 1, below which a warning is printed."""
@@ -218,10 +219,15 @@ class DatasetUpdate:
     def _edit_together(self, current: Round, training_step: int, label: str) -> list[Tensor]:
         assert self._prior is not None
         drawn, config = current.views, current.config
-        start = [self._views.render(index) for index in drawn]
-        masks = None if self._masks is None else [self._masks[index] for index in drawn]
-        find = self._correspondence(drawn, start) if config.matches_places else None
-        sources = [self._source(index) for index in drawn]
+        margins = [self._margin(index) for index in drawn]
+
+        def continued(images: Iterable[Tensor]) -> list[Tensor]:
+            return [extended(image, margin) for image, margin in zip(images, margins, strict=True)]
+
+        start = continued(self._views.render(index) for index in drawn)
+        masks = None if self._masks is None else continued(self._masks[index] for index in drawn)
+        find = self._correspondence(drawn, start, margins) if config.matches_places else None
+        sources = continued(self._source(index) for index in drawn)
         names = [self._views.name(index) for index in drawn]
         images = list(zip(sources, start, strict=True))
         self._observer.begin(label, names, config.steps, self._prior.decode, find, images)
@@ -240,7 +246,16 @@ class DatasetUpdate:
         )
         if current.number == 0 and (masks is None or any(bool(mask.any()) for mask in masks)):
             self._warn_of_no_change(change(start, edited, masks))
-        return edited
+        whole = (joined(image, margin) for image, margin in zip(edited, margins, strict=True))
+        return [self._views.with_surroundings(index, image) for index, image in zip(drawn, whole, strict=True)]
+
+    def _margin(self, index: int) -> int:
+        """Compute by how many pixels a view is continued beyond its borders for its edit: half a window, if at all."""
+        assert self._prior is not None
+        if not self._views.surrounds(index):
+            return 0
+        cell, width = self._prior.cell, int(self._views.cameras.width[index])
+        return min(self._prior.window * cell // 2, width // 2) // cell * cell
 
     def _steer(self, current: Round, training_step: int, edit: Edit) -> bool:
         """Let changes take effect before a step; returns whether they interrupt the round."""
@@ -263,10 +278,10 @@ class DatasetUpdate:
             )
         return config
 
-    def _correspondence(self, drawn: list[int], start: list[Tensor]) -> FindCorrespondence:
+    def _correspondence(self, drawn: list[int], start: list[Tensor], margins: list[int]) -> FindCorrespondence:
         assert self._prior is not None
         size = common_size([image.shape[-2:] for image in start], self._prior.cell)
-        return view_correspondence(self._views, self._source, drawn, size, self._prior.cell)
+        return view_correspondence(self._views, self._source, drawn, size, self._prior.cell, margins)
 
     def _check(self, folder: Path, drawn: list[int]) -> None:
         try:
@@ -284,8 +299,8 @@ class DatasetUpdate:
         """Warn of an edit that does nothing, which would train for hours and look like a bug of the renderer."""
         changed = measured["mean"] if self._masks is None else measured["inside"]
         if changed < SMALLEST_CHANGE:
-            CONSOLE.print(
-                f"[yellow]The first round changed the views by {255 * changed:.1f} of 255 gray levels on average. Does "
+            warn(
+                f"The first round changed the views by {255 * changed:.1f} of 255 gray levels on average. Does "
                 f"the prompt '{self._steering.settings.prompt}' ask for something the model can do? A higher "
                 "--pipeline.edit.guidance-scale or more --pipeline.edit.steps make it stronger."
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.models.base_model import Model
 from torch import Tensor, nn
@@ -104,6 +104,10 @@ class TrainingViews(ABC):
             digest.update(hashlib.sha256(self.filename(index).read_bytes()).digest())
         return digest.hexdigest()
 
+    def surrounds(self, index: int) -> bool:
+        """Tell whether a view shows all 360 degrees around its camera, so that its left and right border meet."""
+        return int(self.cameras.camera_type[index]) == CameraType.EQUIRECTANGULAR.value
+
     def positions(self) -> Float[Tensor, "n 3"]:
         """Return the positions of the cameras, in the scene's units."""
         return self.cameras.camera_to_worlds[..., 3].cpu()
@@ -144,8 +148,23 @@ class TrainingViews(ABC):
         """Render the same image on the model's device, differentiable with respect to the model; see `replayed`."""
 
     @abstractmethod
-    def surface(self, index: int) -> Float[Tensor, "3 H W"]:
-        """Compute the point of the scene that each pixel shows, in the scene's coordinates."""
+    def surface(self, index: int, every: int = 1) -> Float[Tensor, "3 h w"]:
+        """Compute the point of the scene that each pixel shows, in the scene's coordinates.
+
+        Args:
+            every: distance of the rows and columns that are taken; 1: all of them.
+        """
+
+    def with_surroundings(self, index: int, image: Float[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
+        """Put back what the view shows where it is transparent, which no scene learns."""
+        unedited = self._unedited(index)
+        if unedited.shape[-1] == 3:
+            return image
+        return torch.where(unedited[..., 3] > 0, image, self.original(index))
+
+    @abstractmethod
+    def _unedited(self, index: int) -> Float[Tensor, "H W c"]:
+        """Return the image before any edit, RGB or RGBA."""
 
     @abstractmethod
     def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:

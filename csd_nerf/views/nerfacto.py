@@ -31,7 +31,10 @@ class NerfactoViews(TrainingViews):
         self._row = {int(view): row for row, view in enumerate(loader.cached_collated_batch["image_idx"])}
 
     def original(self, index: int) -> Float[Tensor, "3 H W"]:
-        return self._on_background(self._dataset[index]["image"])
+        return self._on_background(self._unedited(index))
+
+    def _unedited(self, index: int) -> Float[Tensor, "H W c"]:
+        return self._dataset[index]["image"]
 
     def _on_background(self, image: Float[Tensor, "H W c"]) -> Float[Tensor, "3 H W"]:
         with self._turn():  # a viewer sets another background, in all models, while it renders a crop
@@ -53,9 +56,10 @@ class NerfactoViews(TrainingViews):
         return rgb.clamp(0, 1).permute(2, 0, 1).float().cpu()
 
     @torch.no_grad()
-    def surface(self, index: int) -> Float[Tensor, "3 H W"]:
+    def surface(self, index: int, every: int = 1) -> Float[Tensor, "3 h w"]:
         """See `TrainingViews`: at the median depth, where a ray has lost half its light."""
-        rays = self._rays(index)
+        rows = slice(every // 2, None, every)
+        rays = self._rays(index, self.cameras.get_image_coords(index=(index,))[rows, rows])
         with self.undisturbed():
             depth = self._model.get_outputs_for_camera_ray_bundle(rays)["depth"]
         return (rays.origins + rays.directions * depth.to(rays.origins)).permute(2, 0, 1).float().cpu()
@@ -79,6 +83,6 @@ class NerfactoViews(TrainingViews):
         return rgb.float().view(height, width, 3).permute(2, 0, 1)
 
     def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
-        unedited = self._dataset[index]["image"]
+        unedited = self._unedited(index)
         rgb = without_background(image, self._on_background(unedited), unedited)
         self._supervision[self._row[index]][..., :3] = rgb

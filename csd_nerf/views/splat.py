@@ -73,7 +73,7 @@ class SplatViews(TrainingViews):
         return replayed(colors, index, device=self._model.device).float().permute(2, 0, 1)
 
     @torch.no_grad()
-    def surface(self, index: int) -> Float[Tensor, "3 H W"]:
+    def surface(self, index: int, every: int = 1) -> Float[Tensor, "3 h w"]:
         """See `TrainingViews`: at the mean depth of a pixel's Gaussians, or far away if they cover less than half."""
         outputs, camera = self._outputs(index), self._camera(index)
         depth = outputs["depth"].where(outputs["accumulation"] >= 0.5, FAR)[..., 0].cpu()
@@ -82,7 +82,8 @@ class SplatViews(TrainingViews):
         k = camera.get_intrinsics_matrices()[0].cpu()
         points = torch.stack([(x - k[0, 2]) / k[0, 0], (k[1, 2] - y) / k[1, 1], -torch.ones_like(x)]) * depth
         rotation, position = camera.camera_to_worlds[0].cpu().split([3, 1], dim=1)
-        return torch.einsum("ij,jhw->ihw", rotation, points) + position[:, :, None]
+        points = torch.einsum("ij,jhw->ihw", rotation, points) + position[:, :, None]
+        return points[:, every // 2 :: every, every // 2 :: every]
 
     def supervise(self, index: int, image: Float[Tensor, "3 H W"]) -> None:
         before = self._originals[index]

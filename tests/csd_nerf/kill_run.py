@@ -1,7 +1,8 @@
-"""A run that is killed, in a process of its own."""
+"""A run that is killed, in a process of its own, and one that goes on with it."""
 
-import itertools
+import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from nerfstudio.engine.trainer import Trainer
 
 from csd_2d.loss import EditLoss
 from csd_2d.progress import ProgressFile
+from csd_nerf import artifacts
 from tests.csd_nerf.conftest import train_in_process
 
 
@@ -19,15 +21,16 @@ def run_and_die(die_at: int | None, output: Path, events_file: Path, options: di
     """Trains, and is killed, as by `kill -9`, at an event: a step of an edit, a step of the training, or a file.
 
     Args:
-        die_at: number of the event; a file is then half written. None: lives, and says how many there were.
-        events_file: that number is written there.
+        die_at: number of the event; a file is then half written. None: lives, and writes the names of all events.
+        events_file: for these.
     """
-    torch.set_num_threads(1)
-    events = itertools.count()
+    _be_quick()
+    events: list[str] = []
 
-    def counted(function: Callable) -> Callable:
+    def counted(function: Callable, name: Callable[..., str]) -> Callable:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if next(events) == die_at:
+            events.append(name(*args))
+            if len(events) - 1 == die_at:
                 if function is save:
                     Path(args[1]).write_bytes(b"half a file")
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -37,9 +40,25 @@ def run_and_die(die_at: int | None, output: Path, events_file: Path, options: di
 
     save = torch.save
     ProgressFile.SECONDS = 0.0
-    EditLoss.next = counted(EditLoss.next)
-    Trainer.train_iteration = counted(Trainer.train_iteration)
-    os.replace = counted(os.replace)
-    torch.save = counted(torch.save)
+    EditLoss.next = counted(EditLoss.next, lambda *_: "step of an edit")
+    Trainer.train_iteration = counted(Trainer.train_iteration, lambda *_: "step of the training")
+    os.replace = counted(os.replace, lambda _, path: _kind(Path(path)))
+    torch.save = counted(torch.save, lambda _, path: f"saving {_kind(Path(path))}")
     train_in_process("csd-edit-tiny", output, 8, timestamp="killed", **options)
-    events_file.write_text(str(next(events)))
+    events_file.write_text(json.dumps(events))
+
+
+def _be_quick() -> None:
+    torch.set_num_threads(1)
+    artifacts.MEASURED = 2
+
+
+def _kind(path: Path) -> str:
+    """Names what a file is for: a picture's folder, else its own name without numbers."""
+    return path.parent.name if path.suffix == ".png" else re.sub(r"[\d-]+", "", path.stem) + path.suffix
+
+
+def go_on(run: Path) -> None:
+    """Resumes a run."""
+    _be_quick()
+    assert train_in_process("csd-edit-tiny", run / "nowhere", 1, resume=run / "config.yml") == run

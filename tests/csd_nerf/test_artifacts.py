@@ -14,7 +14,7 @@ from csd_2d.io.images import read_image
 from csd_2d.io.video import read_clip
 from csd_2d.metrics.fidelity import change
 from csd_2d.priors.analytic import AnalyticPrior
-from csd_nerf.artifacts import SHOWN, camera_path
+from csd_nerf.artifacts import SHOWN, camera_path, results
 from csd_nerf.cost import Cost
 from csd_nerf.edit import rounds
 from csd_nerf.methods import csd_edit
@@ -34,20 +34,21 @@ def views_of(run):
     return NerfactoViews(eval_setup(run / "config.yml")[1])
 
 
-def test_pairs_show_the_source_and_the_edited_scene(edit_run, num_views):
-    views = views_of(edit_run)
+def test_pictures_show_the_source_and_the_scene_before_and_after(edit_run, scene_run, num_views):
+    views, unedited = views_of(edit_run), views_of(scene_run)
     paths = sorted((edit_run / "before_after").iterdir())
     assert len(paths) == min(SHOWN, num_views)
     for path in paths:
-        before, after = read_image(path).chunk(2, dim=-1)
+        source, before, after = read_image(path).chunk(3, dim=-1)
         index = int(path.stem[:4])
-        torch.testing.assert_close(before, views.original(index), atol=0.51 / 255, rtol=0)
+        torch.testing.assert_close(source, views.original(index), atol=0.51 / 255, rtol=0)
+        torch.testing.assert_close(before, unedited.render(index), atol=0.51 / 255, rtol=0)
         torch.testing.assert_close(after, views.render(index), atol=0.51 / 255, rtol=0)
 
 
 def test_the_film_shows_both_scenes(edit_run, scene_run):
     frames = list(read_clip(edit_run / "turntable.mp4").frames)
-    assert len(frames) == 7 and frames[0].shape == (3, 24, 64)
+    assert len(frames) == 7 and frames[0].shape == (3, 264, 2 * 352)  # views of 32x24 px, 11 times as large
     before, after = torch.stack(frames).chunk(2, dim=-1)
     dark = [torch.stack([views_of(run).render(i) for i in range(6)]).mean() for run in (scene_run, edit_run)]
     assert dark[1] < 0.9 * dark[0]
@@ -70,7 +71,7 @@ def test_the_report_says_what_was_done_and_what_it_took(edit_run, scene_run):
 def test_writing_them_leaves_the_edited_scene(edit_run):
     views = views_of(edit_run)
     pair = sorted((edit_run / "before_after").iterdir())[0]
-    shown = read_image(pair).chunk(2, dim=-1)[1]
+    shown = read_image(pair).chunk(3, dim=-1)[2]
     assert (shown - views.render(int(pair.stem[:4]))).abs().max() < 1 / 255
 
 
@@ -125,6 +126,28 @@ def test_a_scene_of_a_single_view_is_filmed(scene_run):
     assert len(path) == 5
     for pose in path.camera_to_worlds:
         torch.testing.assert_close(pose, cameras.camera_to_worlds[0].to(pose), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (41, 30)])
+def test_a_film_has_the_size_of_the_cameras_wherever_their_principal_point_is(size, scene_run):
+    cameras = copy.deepcopy(views_of(scene_run).cameras)
+    cameras.width[:], cameras.height[:], cameras.cx[:], cameras.cy[:] = *size, 23.7, 12.2
+    path = camera_path(cameras, 5)
+    assert {*path.width.flatten().tolist()} == {size[0] // 2 * 2} and {*path.height.flatten().tolist()} == {size[1]}
+    torch.testing.assert_close(path.cx, torch.full_like(path.cx, 23.7))
+
+
+def test_what_a_run_says_is_short_and_ends_with_its_results(scene_run, tmp_path, capsys):
+    run = edit_in_process(tmp_path, 6, load_run=scene_run)
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert len(lines) < 30 and "\x1b" not in said
+    assert lines[0].startswith("Editing the scene of ") and str(run) in lines[0]
+    end = lines[next(i for i, line in enumerate(lines) if line.startswith("Done. Results in")) :]
+    assert [line.split()[0] for line in end[1:6]] == [*results(run)]
+    assert all((run / name).exists() for name in results(run))
+    assert f"ns-viewer --load-config {run / 'config.yml'}" in said
+    assert "Making pictures of it before and after, a film of 2 frames, metrics" in said
 
 
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_counts_its_own_memory(monkeypatch):

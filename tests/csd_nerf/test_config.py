@@ -8,6 +8,7 @@ import pytest
 import torch
 import tyro
 import yaml
+from nerfstudio.configs.base_config import ViewerConfig
 from nerfstudio.configs.method_configs import all_methods
 
 from csd_nerf.methods import csd_edit, csd_edit_splat, csd_edit_tiny, csd_scene_tiny
@@ -30,6 +31,32 @@ def test_methods_are_registered_and_their_configs_survive_yaml(name):
 def test_viewer_listens_on_loopback_and_nothing_is_sent_to_wandb(specification):
     assert specification.config.viewer.websocket_host == "127.0.0.1"
     assert specification.config.vis == "viewer"
+
+
+def test_what_ns_viewer_opens_stays_on_this_machine(tmp_path):
+    """It loads a run's config and then gives it a viewer of its own, which nerfstudio opens to all."""
+    config = yaml.load(yaml.dump(csd_edit.config), Loader=yaml.Loader)
+    config.viewer = ViewerConfig(jpeg_quality=50)
+    assert (config.viewer.websocket_host, config.viewer.jpeg_quality) == ("127.0.0.1", 50)
+    config.viewer = ViewerConfig(websocket_host="192.168.1.7")
+    assert config.viewer.websocket_host == "192.168.1.7"
+    assert parse("--viewer.websocket-host", "0.0.0.0").viewer.websocket_host == "0.0.0.0"  # of ns-train: as asked for
+
+
+def test_what_matters_is_first_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--" in line]
+    options = ("--load-run", "--pipeline.prompt", "--pipeline.edit.steps", "--viewer.", "--optimizers.")
+    first = [next(i for i, line in enumerate(lines) if option in line) for option in options]
+    assert first == sorted(first) and first[0] < 4 and first[1] < 50
+
+
+def test_a_misspelt_option_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        parse("--pipeline.promt", "make it night")
+    said = capsys.readouterr().err
+    assert said.index("Unrecognized options") < said.index("--pipeline.prompt STR")
 
 
 def test_entry_point_does_not_load_a_diffusion_model():

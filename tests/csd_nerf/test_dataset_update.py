@@ -47,6 +47,12 @@ class FakeViews:
         y, x = torch.meshgrid(torch.arange(8 + index % 2), torch.arange(9), indexing="ij")
         return torch.stack([x, y, torch.full_like(x, 1000 * index)]).float()
 
+    def surrounds(self, index: int) -> bool:
+        return False
+
+    def with_surroundings(self, index: int, image: torch.Tensor) -> torch.Tensor:
+        return image
+
     def supervise(self, index: int, image: torch.Tensor) -> None:
         self.supervision[index] = image
 

@@ -14,13 +14,11 @@ from csd_2d import EditConfig
 from csd_nerf.artifacts import Artifacts
 from csd_nerf.edit.resume import latest_whole_checkpoint, random_state, set_random_state
 from tests.csd_nerf.conftest import train_in_process
-from tests.csd_nerf.kill_run import run_and_die
+from tests.csd_nerf.kill_run import go_on, run_and_die
 from tests.forked import Forked
 
-KILL_POINTS = 12
 
-
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 
@@ -38,17 +36,17 @@ def options(scene_run: Path, mode: str) -> dict:
         "pipeline__edit": EditConfig(steps=4, batch=2),
         "pipeline__steps_per_round": 3,
         "pipeline__views_per_round": 3,
-        "pipeline__film_frames": 0,
+        "pipeline__film_frames": 2,
     }
 
 
-def in_child(die_at: int | None, output: Path, settings: dict) -> int:
-    """How many events there were; 0 if the run was killed."""
+def in_child(die_at: int | None, output: Path, settings: dict) -> list[str]:
+    """The names of the events; none if the run was killed."""
     events = output / "events"
     output.mkdir(parents=True)
     child = Forked(run_and_die, die_at, output, events, settings)
     assert child.ended() == (0 if die_at is None else -9), child.errors
-    return int(events.read_text()) if die_at is None else 0
+    return json.loads(events.read_text()) if die_at is None else []
 
 
 def run_folder(output: Path) -> Path:
@@ -61,9 +59,13 @@ def resume(run: Path, **settings) -> Path:
 
 
 def result(run: Path) -> tuple[dict, dict]:
-    """The last checkpoint, and the pictures that were learned from."""
+    """The last checkpoint; pictures, film and report."""
     state = torch.load(run / "nerfstudio_models" / "step-000000007.ckpt", weights_only=True)
-    return state, {path.relative_to(run): path.read_bytes() for path in sorted(run.glob("*/**/*.png"))}
+    shown = [path for path in sorted(run.rglob("*")) if path.suffix in (".png", ".mp4")]
+    report = json.loads((run / "edit.json").read_text())
+    files = {"edit.json": {name: report[name] for name in ("prompt", "history", "steps", "change", "settings")}}
+    assert (run / "report.html").is_file() and (run / "turntable.mp4") in shown
+    return state, files | {str(path.relative_to(run)): path.read_bytes() for path in shown}
 
 
 def same(one, other) -> bool:
@@ -91,23 +93,47 @@ def test_a_run_that_was_killed_after_its_last_step_writes_its_artifacts(scene_ru
     assert {"edit.json", "turntable.mp4", "before_after"} <= {path.name for path in run.iterdir()}
 
 
-@pytest.mark.parametrize(("mode", "points"), [("dataset-update", KILL_POINTS), ("distill", 3)])
-def test_a_killed_run_ends_as_if_it_had_not_been(mode, points, scene_run, tmp_path):
-    settings = options(scene_run, mode)
+def test_a_run_that_ended_can_be_resumed(scene_run, tmp_path):
+    """In a process that has trained nothing, where nerfstudio knows no last step."""
+    run = train_in_process("csd-edit-tiny", tmp_path, 2, timestamp="killed", **options(scene_run, "dataset-update"))
+    before = (run / "turntable.mp4").read_bytes()
+    (run / "turntable.mp4").unlink()
+    child = Forked(go_on, run)
+    assert child.ended() == 0, child.errors
+    assert (run / "turntable.mp4").read_bytes() == before
+
+
+# Beside what all runs do, one makes pictures before its first step.
+MODES = {
+    "dataset-update": {"pipeline__source": "current", "pipeline__box": (-999.0,) * 3 + (999.0,) * 3},
+    "distill": {},
+}
+
+
+@pytest.mark.parametrize(("mode", "every"), [("dataset-update", 1), ("distill", 4)])
+def test_a_killed_run_ends_as_if_it_had_not_been(mode, every, scene_run, tmp_path):
+    """Killed in each stage, and resumed, in processes of their own."""
+    settings = options(scene_run, mode) | MODES[mode]
     events = in_child(None, tmp_path / "whole", settings)
-    state, pictures = result(run_folder(tmp_path / "whole"))
-    assert events > 2 * points and pictures
-    for point in range(points):
-        output = tmp_path / str(point)
-        in_child(1 + point * (events - 1) // points, output, settings)
+    state, files = result(run_folder(tmp_path / "whole"))
+    stages = sorted({*events}, key=events.index)
+    assert {"edit.json", "before_after", "turntable.mp4", "report.html", "edited", ".ckpt"} <= {
+        stage.removeprefix("step") for stage in stages
+    }
+    for stage in stages[::every]:
+        output = tmp_path / stage.replace(" ", "_")
+        # The middle one: what was finished, begun and not begun yet.
+        points = [number for number, name in enumerate(events) if name == stage]
+        in_child(points[len(points) // 2], output, settings)
+        run = run_folder(output)
         # nerfstudio takes the rest of each name for a step's number.
-        saved = run_folder(output).glob("nerfstudio_models/*")
-        assert all(path.name.startswith("step-") for path in saved), point
-        run = resume(run_folder(output))
-        assert run == run_folder(output) and not (run / "nowhere").exists()
-        resumed, resumed_pictures = result(run)
-        assert same(state, resumed), point
-        assert pictures == resumed_pictures, point
+        assert all(path.name.startswith("step-") for path in run.glob("nerfstudio_models/*")), stage
+        child = Forked(go_on, run)
+        assert child.ended() == 0, (stage, child.errors)
+        assert not (run / "nowhere").exists()
+        resumed, resumed_files = result(run)
+        assert same(state, resumed), stage
+        assert files == resumed_files, stage
         assert not list(run.glob("**/.*")) and not list(run.glob("**/*.part"))
 
 

@@ -10,8 +10,8 @@ import yaml
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
+from csd_nerf.capture import check_data
 from csd_nerf.source_run import (
-    check_data,
     check_fits,
     check_kind,
     find_checkpoint,

@@ -19,6 +19,7 @@ from nerfstudio.utils.eval_utils import eval_setup
 from csd_2d import EditConfig, load_prior
 from csd_2d.io.images import read_image
 from csd_nerf import pipeline as pipeline_module
+from csd_nerf.edit import rounds
 from csd_nerf.pipeline import CsdEditPipeline
 from tests.csd_nerf.conftest import train_in_process, train_stock
 
@@ -78,7 +79,10 @@ def test_edited_views_are_written_and_the_run_can_be_evaluated(edit_run, scene_d
         assert (read_image(path) - night[0]).square().mean() < 1e-3
     config, pipeline, path, step = eval_setup(edit_run / "config.yml")
     assert isinstance(pipeline, CsdEditPipeline) and step == 5
-    assert set(pipeline.get_average_eval_image_metrics()) >= {"psnr", "ssim"}
+    metrics = pipeline.get_average_eval_image_metrics(get_std=True)
+    assert (
+        set(metrics) >= {"unedited_photographs_psnr", "unedited_photographs_ssim_std", "fps"} and "psnr" not in metrics
+    )
     assert config.load_step is None
 
 
@@ -304,7 +308,7 @@ def test_the_cost_of_a_step_ends_when_its_loss_is_there(scene_run, tmp_path, mon
     assert json.loads((run / "edit.json").read_text())["costs"]["training"]["seconds"] >= 1
 
 
-def interrupting(*_):
+def interrupting(*_, **__):
     raise KeyboardInterrupt
 
 
@@ -316,6 +320,28 @@ def test_an_interrupted_run_says_how_to_go_on_in_one_line(scene_run, tmp_path, m
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "Interrupted" in line]
     config = Path(shlex.split(line.partition("ns-train ")[2])[-1])
     assert config.is_file()
+
+
+def test_a_run_that_is_interrupted_before_it_saved_anything_says_so_and_leaves_nothing(
+    scene_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(rounds, "edit_images", interrupting)
+    with pytest.raises(SystemExit) as ended:
+        edit_in_process(tmp_path / "out", load_run=scene_run, pipeline__source="current")
+    assert ended.value.code == 130 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == "Interrupted. Nothing was saved yet, and nothing is kept."
+
+
+def test_a_scene_that_is_interrupted_says_what_there_is(scene_data, tmp_path, monkeypatch, capsys):
+    train_iteration = Trainer.train_iteration
+    monkeypatch.setattr(
+        Trainer, "train_iteration", lambda *args: interrupting() if args[1] == 2 else train_iteration(*args)
+    )
+    with pytest.raises(SystemExit) as ended:
+        train_in_process("csd-scene-tiny", tmp_path / "out", 9, data=scene_data, steps_per_save=1)
+    assert ended.value.code == 130
+    (kept,) = tmp_path.glob("out/*/*/*/nerfstudio_models")
+    assert f"Interrupted. What was learned up to the last save is in {kept}" in capsys.readouterr().out
 
 
 def test_a_finished_run_whose_viewer_is_left_is_not_an_interrupted_one(scene_run, tmp_path, monkeypatch, capsys):
