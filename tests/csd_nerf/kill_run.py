@@ -54,8 +54,9 @@ def _be_quick() -> None:
 
 
 def _kind(path: Path) -> str:
-    """Names what a file is for: a picture's folder, else its own name without numbers."""
-    return path.parent.name if path.suffix == ".png" else re.sub(r"[\d-]+", "", path.stem) + path.suffix
+    """Names what a file is for: a picture's folder, else its own name, without numbers, which are those of rounds."""
+    name, ending = (path.parent.name, "") if path.suffix == ".png" else (path.stem, path.suffix)
+    return (re.sub(r"[\d-]+", "", name) or "round") + ending
 
 
 def go_on(run: Path) -> None:
