@@ -37,7 +37,7 @@ from csd_nerf.procedural_scene import FAR_PLANE, NEAR_PLANE, intrinsics, turntab
 
 VIEWS = 48
 SCENE_STEPS = 500
-EDIT_STEPS = 600
+EDIT_STEPS = 450
 FILM_FRAMES = 24
 FILM_SIZE = (96, 72)
 SHEET_VIEWS = 5

@@ -129,7 +129,7 @@ csd_edit_tiny = MethodSpecification(
             steps_per_round=450,
         ),
         # Low learning rate for proposals: an edit changes colors, and samples should stay at the surfaces.
-        optimizers=_optimizers(lr=5e-3, lr_final=1e-3, steps=450, proposal_lr=1e-3),
+        optimizers=_optimizers(lr=2e-2, lr_final=1e-3, steps=450, proposal_lr=1e-3),
         logging=_logging(),
         viewer=_viewer(quit_when_done=True),
         vis="viewer",

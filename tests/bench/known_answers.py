@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from csd_2d.ablate import Variant, load_study, run_study, table
+from csd_2d.ablate import Input, Variant, load_study, run_study, table
 from csd_2d.io.files import replacing
 
 STUDY = load_study("known-answers")
@@ -37,13 +37,13 @@ def main(
         seeds: number of sets of images.
         count: images edited together.
         steps: in place of each variant's own.
-        tasks: some of the study's inputs.
+        tasks: the study's inputs, or others of `csd_2d.tiny.tasks`.
         variants: some of the study's variants.
         model: prior of all but textures.
     """
     study = dataclasses.replace(
         STUDY,
-        inputs=[one for one in STUDY.inputs if one.name in tasks],
+        inputs=[Input(known=name) for name in tasks],
         variants={name: _in_steps(STUDY.variants[name], steps) for name in variants},
         seeds=seeds,
         count=count,
