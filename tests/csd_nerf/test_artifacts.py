@@ -144,10 +144,12 @@ def test_what_a_run_says_is_short_and_ends_with_its_results(scene_run, tmp_path,
     assert len(lines) < 30 and "\x1b" not in said
     assert lines[0].startswith("Editing the scene of ") and str(run) in lines[0]
     end = lines[next(i for i, line in enumerate(lines) if line.startswith("Done. Results in")) :]
-    assert [line.split()[0] for line in end[1:6]] == [*results(run)]
+    shown = [*results(run)]
+    assert [line.split()[0] for line in end[1 : 1 + len(shown)]] == shown
+    assert shown == ["before_after", "edited", "turntable.mp4", "edit.json"]
     assert all((run / name).exists() for name in results(run))
     assert f"ns-viewer --load-config {run / 'config.yml'}" in said
-    assert "Making pictures of it before and after, a film of 2 frames, metrics" in said
+    assert "Making pictures of it before and after, a film of 2 frames …" in said
 
 
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_counts_its_own_memory(monkeypatch):
