@@ -164,6 +164,7 @@ def test_proposals_are_trained_in_every_fifth_step(pipeline):
     attributes = TrainingCallbackAttributes(optimizers=None, grad_scaler=None, pipeline=pipeline, trainer=None)
     callbacks = pipeline.model.get_training_callbacks(attributes)
     trained = []
+    pipeline.train()
     for step in range(20, 31):
         for callback in callbacks:
             callback.run_callback_at_location(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)

@@ -131,7 +131,7 @@ EVERYTHING = (
 def test_a_steered_run_that_is_killed_ends_as_if_it_had_not_been(last, scene_run, tmp_path):
     changes = written(tmp_path / "changes.json", *EVERYTHING, *last)
     settings = options(scene_run, "dataset-update") | {"pipeline__replay": changes}
-    events = in_child(None, tmp_path / "whole", settings)
+    events = len(in_child(None, tmp_path / "whole", settings))
     whole = run_folder(tmp_path / "whole")
     state, pictures = result(whole)
     rounds = sorted(path.name for path in (whole / "rounds").iterdir())
@@ -140,7 +140,7 @@ def test_a_steered_run_that_is_killed_ends_as_if_it_had_not_been(last, scene_run
     points = 3 if last else 6
     for point in range(points):
         output = tmp_path / str(point)
-        in_child(1 + point * (events - 1) // points, output, settings)
+        in_child(point * (events - 1) // points, output, settings)
         run = resume(run_folder(output))
         resumed, resumed_pictures = result(run)
         assert same(state, resumed), point
@@ -153,11 +153,11 @@ def test_a_distilled_run_that_is_steered_and_killed_ends_as_if_it_had_not_been(s
     changes = [Change("prompt", "make it snowy", 2), Change("guidance_scale", 2.0, 3), Change("reset", None, 5)]
     settings = options(scene_run, "distill")
     settings |= {"pipeline__replay": written(tmp_path / "changes.json", *changes)}
-    events = in_child(None, tmp_path / "whole", settings)
+    events = len(in_child(None, tmp_path / "whole", settings))
     state, _ = result(run_folder(tmp_path / "whole"))
     for point in range(2):
         output = tmp_path / str(point)
-        in_child(1 + (point + 1) * (events - 1) // 3, output, settings)
+        in_child((point + 1) * (events - 1) // 3, output, settings)
         assert same(state, result(resume(run_folder(output)))[0]), point
 
 
