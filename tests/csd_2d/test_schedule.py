@@ -68,9 +68,9 @@ def test_small_batches_go_as_far_as_all_particles_together():
     def rate(**settings) -> float:
         return Edit(LatentStack(latents), AnalyticPrior(), "make it night", EditConfig(**settings)).state_dict()["lr"]
 
-    assert rate(steps=80) == rate(steps=80, batch=8) == rate(steps=80, batch=100) == 0.1
-    assert rate(steps=80, batch=2) == 0.4 and rate(batch=2) == 1.0
-    assert rate(steps=80, batch=5) == pytest.approx(0.1 * 8 / 5)
+    assert rate(steps=80) == rate(steps=80, batch=8) == rate(steps=80, batch=100) == 0.15
+    assert rate(steps=80, batch=2) == 0.6 and rate(batch=2) == 1.0
+    assert rate(steps=80, batch=5) == pytest.approx(0.15 * 8 / 5)
     assert rate(steps=80, batch=2, lr=0.3) == 0.3
 
 

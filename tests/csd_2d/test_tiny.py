@@ -245,7 +245,7 @@ def test_words_it_never_read_do_not_crash_it(pipeline):
 def test_the_prior_says_what_it_was_not_taught():
     for wording in WORDINGS:
         check_prior("tiny", wording)
-    with pytest.raises(ValueError, match=r"never taught the words 'him', 'clown'; the nearest of its .* make"):
+    with pytest.raises(ValueError, match=r"never taught the words 'him', 'clown'; the nearest of its .* turn "):
         check_prior("tiny", "turn him into a clown")
 
 
