@@ -13,6 +13,7 @@ from csd_2d import EditConfig, ablate
 from csd_2d.ablate import Input, Study, Variant, cells, load_study, run_study, study_names, table
 from csd_2d.io.images import write_image
 from csd_2d.io.video import Clip, write_clip
+from tests.forked import context
 
 TINY = [name for name in study_names() if name.endswith("-tiny")]
 
@@ -90,7 +91,8 @@ def test_what_is_measured_is_not_measured_again(quick, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_processes_share_the_edits_and_change_nothing(quick, tmp_path):
+def test_processes_share_the_edits_and_change_nothing(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "get_context", lambda _: context())  # they have imported everything
     one, two = (run_study(quick, tmp_path / str(jobs), jobs=jobs) for jobs in (1, 2))
     assert [row["figures"] for row in one] == [row["figures"] for row in two]
 

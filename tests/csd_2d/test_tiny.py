@@ -270,7 +270,8 @@ def test_a_panorama_without_weights_or_network(tmp_path, monkeypatch):
     assert (edited - night).abs().mean() < 0.5 * (source - night).abs().mean()
 
 
-def test_the_report_on_a_few_scenes(tmp_path):
+def test_the_report_on_a_few_scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SEEDS", 16)
     photos = Path(tmp_path / "photos")
     write_image(torch.rand(3, 70, 90, generator=generator()), photos / "deep" / "noise.png")
     config = report.ReportConfig(tmp_path / "out", (photos,), count=2, num_inference_steps=2)

@@ -1,6 +1,7 @@
 """The live page of a 2D edit, in a real browser."""
 
 import re
+import socket
 import threading
 
 import pytest
@@ -28,7 +29,7 @@ def test_a_page_shows_the_edit_and_ends_it(tmp_path, monkeypatch):
         try:
             until(lambda: pages, "the page is served")
             with browser() as chromium:
-                page = chromium.new_page()
+                page = chromium.new_page(viewport={"width": 640, "height": 480})
                 page.goto(f"http://localhost:{pages[0].port}")
                 page.get_by_text(re.compile(r"Step \d+ of")).wait_for(timeout=1000 * PATIENCE)
                 for tab, image in (("Images", "images"), ("Charts", "heat map")):
@@ -45,8 +46,11 @@ def test_a_page_shows_the_edit_and_ends_it(tmp_path, monkeypatch):
 
     visitor = threading.Thread(target=visit, daemon=True)
     visitor.start()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = ["panorama", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--prompt", "make it night"]
-    main([*command, "--prior", "analytic", "--steps", "1000000", "--watch", "8123"])
+    main([*command, "--prior", "analytic", "--steps", "1000000", "--watch", str(port)])
     visitor.join(PATIENCE)
     if errors:
         raise errors[0]
