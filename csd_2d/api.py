@@ -170,10 +170,10 @@ class CsdVideoPipeline(CsdPipeline):
 
     Example:
         >>> pipeline = CsdVideoPipeline.from_pretrained("analytic")
-        >>> clip = [np.full((16, 24, 3), shade) for shade in (0.2, 0.5, 0.8)]
+        >>> clip = [np.full((16, 24, 3), shade) for shade in (0.2, 0.4, 0.8)]
         >>> output = pipeline("invert the colors", clip, num_inference_steps=120, output_type="np", progress=False)
         >>> [round(float(frame.mean()), 1) for frame in output.frames]
-        [0.8, 0.5, 0.2]
+        [0.8, 0.6, 0.2]
     """
 
     def __call__(

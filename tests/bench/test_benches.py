@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -30,10 +31,10 @@ class InThisProcess:
     PIPE = None
 
     def __init__(self, command: list[str], **_: Any) -> None:
-        executable, option, code = command
+        executable, option, code, *arguments = command
         assert (executable, option) == (sys.executable, "-c")
         output = io.StringIO()
-        with redirect_stdout(output):
+        with redirect_stdout(output), mock.patch.object(sys, "argv", [option, *arguments]):
             exec(code, {})
         self.stdout = output.getvalue()
 

@@ -30,7 +30,7 @@ def test_a_page_shows_the_edit_and_ends_it(tmp_path, monkeypatch):
             until(lambda: pages, "the page is served")
             with browser() as chromium:
                 page = chromium.new_page(viewport={"width": 640, "height": 480})
-                page.goto(f"http://localhost:{pages[0].port}")
+                page.goto(f"http://localhost:{pages[0].port}", timeout=1000 * PATIENCE)
                 page.get_by_text(re.compile(r"Step \d+ of")).wait_for(timeout=1000 * PATIENCE)
                 for tab, image in (("Images", "images"), ("Charts", "heat map")):
                     page.get_by_role("tab", name=tab).click()

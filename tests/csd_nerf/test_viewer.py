@@ -98,7 +98,7 @@ def look_and_steer(visitor: Visitor) -> None:
     with browser() as chromium:
         page = visitor.page = chromium.new_page(viewport={"width": 900, "height": 640})
         pipeline.viewer_control.viewer.control_panel._max_res.value = 64  # a CPU draws the scene and the page
-        page.goto(f"http://localhost:{visitor.port}")
+        page.goto(f"http://localhost:{visitor.port}", timeout=1000 * PATIENCE)
         visitor.says("Round 1")
 
         # Images and charts have something to show, and the scene is drawn, during the first round.
@@ -112,7 +112,7 @@ def look_and_steer(visitor: Visitor) -> None:
 
         # A second browser comes, and goes without a word.
         other = chromium.new_page()
-        other.goto(f"http://localhost:{visitor.port}")
+        other.goto(f"http://localhost:{visitor.port}", timeout=1000 * PATIENCE)
         other.get_by_text("Edit now").wait_for(timeout=1000 * PATIENCE)
         other.close()
 
