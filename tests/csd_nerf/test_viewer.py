@@ -96,8 +96,7 @@ def visited(visit: Callable[[Visitor], None], monkeypatch: pytest.MonkeyPatch, *
 def look_and_steer(visitor: Visitor) -> None:
     pipeline = visitor.pipeline
     with browser() as chromium:
-        page = visitor.page = chromium.new_page(viewport={"width": 900, "height": 640})
-        pipeline.viewer_control.viewer.control_panel._max_res.value = 64  # a CPU draws the scene and the page
+        page = visitor.page = chromium.new_page(viewport={"width": 1280, "height": 900})
         page.goto(f"http://localhost:{visitor.port}", timeout=1000 * PATIENCE)
         visitor.says("Round 1")
 
@@ -107,7 +106,7 @@ def look_and_steer(visitor: Visitor) -> None:
         visitor.tab("Charts")
         assert visitor.pixels("heat map").std() > 20
         until(lambda: visitor.rendered >= 2, "the scene is drawn during a round")
-        scene = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))[80:560, :520]
+        scene = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))[100:800, :900]
         assert scene.std() > 10
 
         # A second browser comes, and goes without a word.
@@ -187,7 +186,6 @@ def test_a_visitor_sees_what_the_edit_does_and_steers_it(scene_run, tmp_path, mo
         pipeline__edit=EditConfig(steps=2000),
         pipeline__steps_per_round=100_000,
         pipeline__film_frames=0,
-        pipeline__report=False,
     )
     report = json.loads((run / "edit.json").read_text())
     names = [change["name"] for change in report["changes"]]
