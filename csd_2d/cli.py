@@ -112,6 +112,8 @@ class RunOptions:
         if self.watch is None:
             yield None
             return
+        if not 0 < self.watch < 1 << 16:
+            raise ValueError(f"--watch takes a port from 1 to 65535, got {self.watch}.")
         if ranks.rank() > 0:  # all processes ask each other whether to end
             yield lambda step: False
             return
@@ -611,6 +613,9 @@ Two models to begin with: `--prior tiny` comes with csd, runs on any computer an
 """
 
 
+WATCH_PORT = 8080
+"""Where the page of `--watch` is by default."""
+
 Command = Panorama | Video | Generate | Demo | Eval | Ablate
 
 
@@ -620,7 +625,7 @@ def _with_port(arguments: Sequence[str]) -> list[str]:
     return [
         part
         for argument, after in zip(arguments, following, strict=True)
-        for part in ([argument, "8080"] if argument == "--watch" and not after.isdigit() else [argument])
+        for part in ([argument, str(WATCH_PORT)] if argument == "--watch" and not after.isdigit() else [argument])
     ]
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from csd_2d.correspondence import Correspondence
 from csd_2d.kernels import KernelMatrix
 from csd_2d.particles import Particles
 from csd_2d.prior import Branch, Prior
@@ -194,6 +195,8 @@ class Step:
     """phi of eq. 9; particles move along +phi."""
     kernel: KernelMatrix | None
     """Kernel matrix that mixed the scores of whole particles; None if none did."""
+    correspondence: Callable[[Sequence[int]], Correspondence] | None = None
+    """Finds which places of some particles show the same thing, if that is known."""
 
     @property
     def indices(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class EditLoss:
             self.index,
         )
         self.index += 1
-        return loss, step
+        return loss, replace(step, correspondence=self.layout.correspondence)
 
     def _residual(self, noised: NoisedParticles) -> Float[Tensor, "n c h w"]:
         """Compute `edit_residual`, for `Schedule.rows_at_once` particles at a time."""

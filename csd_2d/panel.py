@@ -7,8 +7,11 @@ import base64
 import getpass
 import io
 import socket
-from collections.abc import Mapping, Sequence
-from typing import Any
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -38,6 +41,12 @@ def as_markdown(image: Image.Image | np.ndarray, alt: str) -> str:
     return f'<img src="data:image/jpeg;base64,{data}" alt="{alt}" style={{{{width: "100%"}}}} />'
 
 
+@cache
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """Load the font of all pictures here, in pixels."""
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
+
+
 Row = tuple[str, Sequence[np.ndarray | None]]
 """A title, and images."""
 
@@ -49,8 +58,8 @@ def grid(columns: Sequence[str], rows: Sequence[Row], width: int = 160) -> Image
         rows: a title, and an image for each column; None leaves its place empty.
         width: of a column, in pixels.
     """
-    font = ImageFont.load_default(size=19)
-    line, gap = 26, 4
+    font = font_of(26)
+    line, gap = 34, 4
     heights = [
         max((round(width * image.shape[0] / image.shape[1]) for image in images if image is not None), default=line)
         for _, images in rows
@@ -99,35 +108,43 @@ _LINE = (255, 211, 105)
 def _canvas(height: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", (SHEET, height), _GRAY)
     draw = ImageDraw.Draw(image)
-    draw.text((4, 4), title, _TEXT, ImageFont.load_default(size=21))
+    draw.text((4, 4), title, _TEXT, font_of(24))
     return image, draw
+
+
+def short(name: str) -> str:
+    """Shorten a name to its end, which tells numbered files apart."""
+    return name if len(name) <= 16 else f"…{name[-15:]}"
 
 
 def heat_map(title: str, matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
     """Draw a matrix over pairs of particles, from dark (smallest) to yellow (largest)."""
-    count, font = len(matrix), ImageFont.load_default(size=16)
+    count, font = len(matrix), font_of(21)
     numbers = [f"{number}" for number in range(1, count + 1)]
-    labels = [f"{name[:20]} {number}" for name, number in zip(names, numbers, strict=True)]
+    labels = [f"{short(name)} · {number}" for name, number in zip(names, numbers, strict=True)]
     left = int(max(map(font.getlength, labels))) + 10
-    cell = (SHEET - left - 4) // count if count > 3 else (SHEET - left - 4) // 4
-    image, draw = _canvas(34 + count * cell + 52, title)
+    width = (SHEET - left - 4) // max(count, 4)
+    height, bottom = max(width, 24), 34 + count * max(width, 24)
+    image, draw = _canvas(bottom + 58, title)
     low, high = float(matrix.min()), float(matrix.max())
     shares = (matrix - low) / max(high - low, 1e-12) * (len(_COLORS) - 1)
     for row in range(count):
-        draw.text((left - 6, 34 + (row + 0.5) * cell), labels[row], _TEXT, font, anchor="rm")
-        draw.text((left + (row + 0.5) * cell, 38 + count * cell), numbers[row], _TEXT, font, anchor="ma")
+        top = 34 + row * height
+        draw.text((left - 6, top + height // 2), labels[row], _TEXT, font, anchor="rm")
+        across = left + row * width + width // 2
+        draw.text((across, bottom + 4), numbers[row], _TEXT, font_of(min(width, 21)), anchor="ma")
         for column in range(count):
             color = [round(np.interp(shares[row, column], range(len(_COLORS)), band)) for band in _COLORS.T]
-            corner = left + column * cell, 34 + row * cell
-            draw.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), tuple(color))
-    draw.text((left, 60 + count * cell), f"dark {low:.2g}, yellow {high:.2g}", _TEXT, font)
+            edge = left + column * width
+            draw.rectangle((edge, top, edge + width - 2, top + height - 2), tuple(color))
+    draw.text((left, bottom + 30), f"dark {low:.2g}, yellow {high:.2g}", _TEXT, font)
     return image
 
 
 def curve(title: str, x: Sequence[float], y: Sequence[float]) -> Image.Image:
     """Draw a curve over the steps of an edit, with its last value."""
     image, draw = _canvas(180, f"{title}: {y[-1]:.3g}")
-    font, (left, right, top, bottom) = ImageFont.load_default(size=16), (70, SHEET - 12, 42, 152)
+    font, (left, right, top, bottom) = font_of(20), (84, SHEET - 12, 42, 152)
     low, high = min(y), max(y)
     first, last = min(x), max(max(x), min(x) + 1)
     points = [
@@ -150,7 +167,7 @@ def curve(title: str, x: Sequence[float], y: Sequence[float]) -> Image.Image:
 
 def bars(title: str, values: Mapping[str, float]) -> Image.Image:
     """Draw a bar for each of several values, from left to right."""
-    font = ImageFont.load_default(size=16)
+    font = font_of(20)
     image, draw = _canvas(36 + 26 * len(values), title)
     for row, (name, value) in enumerate(values.items()):
         top, width = 36 + 26 * row, 320 * value / max(*values.values(), 1e-12)
@@ -160,7 +177,29 @@ def bars(title: str, values: Mapping[str, float]) -> Image.Image:
     return image
 
 
-CURVES = ("size of the change", "agreement in same places", "warp error", "residual", "seconds per step")
+CURVES = (
+    "size of the change",
+    "agreement in same places",
+    "likeness of changes",
+    "warp error",
+    "residual",
+    "seconds per step",
+)
+PAUSE = 0.3
+"""Seconds between two looks at whether anything is to be shown."""
+RECOVERY = 5.0
+"""Seconds after an update that failed."""
+
+
+def keep_updated(update: Callable[[], None], watched: Callable[[], bool], over: threading.Event) -> None:
+    """Update a page while somebody watches it, until the end. What fails is printed, and ends neither page nor edit."""
+    while not over.wait(PAUSE):
+        try:
+            if watched():
+                update()
+        except Exception as error:
+            print(f"csd: the page could not be updated: {type(error).__name__}: {error}", file=sys.stderr)
+            over.wait(RECOVERY)
 
 
 class Panel:
@@ -175,6 +214,7 @@ class Panel:
 
     def add_thumbnails(self) -> None:
         """Add the images of particles here."""
+        self._trouble = self._gui.add_markdown("")
         self._thumbnails = self._gui.add_markdown("*Images appear here with the next steps of an edit.*")
 
     def add_charts(self) -> None:
@@ -191,9 +231,11 @@ class Panel:
         """Show how long the stages of a run took."""
         self._seconds.content = as_markdown(bars("Seconds per stage", seconds), "seconds per stage")
 
-    def show(self, seen: Observation) -> None:
-        """Show an observation."""
-        if seen.thumbnails:
+    def show(self, seen: Observation, images: bool = True) -> None:
+        """Show an observation, with or without its images."""
+        if seen.trouble:
+            self._trouble.content = f"⚠️ {seen.trouble}"
+        if images and seen.thumbnails:
             rows = [
                 _row(seen.names.get(index, str(index)), seen.thumbnails[index]) for index in sorted(seen.thumbnails)
             ]

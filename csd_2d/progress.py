@@ -98,3 +98,14 @@ def _gradients(
 ) -> list[Tensor]:
     gradients = torch.autograd.grad(render(indices).sum(), parameters, allow_unused=True)
     return [gradient for gradient in gradients if gradient is not None]
+
+
+def duration(seconds: float) -> str:
+    """Write a time to the minute.
+
+    Example:
+        >>> duration(20), duration(3700)
+        ('1 min', '1 h 2 min')
+    """
+    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -1,7 +1,6 @@
 """A live page of a 2D edit: what it does to the picture, or the frames, and a button that ends it. Needs viser."""
 
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,10 @@ from csd_2d.canvas import CanvasCrops
 from csd_2d.csd import Step
 from csd_2d.io.images import to_array
 from csd_2d.observer import Budget, Observation, Observer
-from csd_2d.panel import ORIGINAL, SCENES, SPLIT, Panel, side_by_side, ssh_line
+from csd_2d.panel import ORIGINAL, SCENES, SPLIT, Panel, keep_updated, side_by_side, ssh_line
 from csd_2d.prior import Prior
+from csd_2d.progress import duration
 
-PORT = 8080
-"""Where the page is by default."""
-PAUSE = 0.2
-"""Seconds between two looks at whether anything is to be shown."""
 LARGEST = 1600
 """Largest width of the picture, in pixels: it is sent to the browser with every update."""
 
@@ -76,22 +72,31 @@ class Watch:
         self._keys = list(range(len(before))) if keys is None else list(keys)
         self._server: Any = viser.ViserServer(host="127.0.0.1", port=port, verbose=False)
         self.port: int = self._server.get_port()
-        self.observer = Observer(lambda: bool(self._server.get_clients()))
-        self._budget, self._for_pictures = Budget(0.02), Budget(0.02)
-        self._pictures: tuple[np.ndarray, np.ndarray] | None = None
+        self.observer = Observer(self._watched)
+        self._budget, self._for_pictures = Budget(0.01), Budget(0.01)
+        first = _shown(before[self._keys[0]])
+        self._pictures = first, first
         self._frame, self._stale = 0, False
-        self._begun = self._stopped = self._over = False
+        self._shown_version = -1
+        self._begun = self._stopped = False
+        self._over = threading.Event()
+        self._aspects: dict[int, float] = {}
         self._build(title)
-        self._thread = threading.Thread(target=self._work, daemon=True, name="csd watch")
+        self._thread = threading.Thread(
+            target=keep_updated, args=(self._update, self._watched, self._over), daemon=True, name="csd watch"
+        )
 
     def __enter__(self) -> "Watch":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over = True
+        self._over.set()
         self._thread.join()
         self._server.stop()
+
+    def _watched(self) -> bool:
+        return bool(self._server.get_clients())
 
     def message(self) -> str:
         """Say where the page is."""
@@ -102,7 +107,9 @@ class Watch:
 
     def _build(self, title: str) -> None:
         gui = self._server.gui
-        gui.configure_theme(control_layout="collapsible", control_width="large", dark_mode=True)
+        gui.configure_theme(
+            control_layout="collapsible", control_width="large", dark_mode=True, show_share_button=False
+        )
         gui.set_panel_label("csd")
         gui.add_markdown(f"**{title}**")
         self._status = gui.add_markdown("getting ready")
@@ -125,14 +132,18 @@ class Watch:
 
     def _welcome(self, client: Any) -> None:
         self._stale = True
-        client.camera.on_update(lambda _: self._changed())  # the window may have another shape now
+        client.camera.on_update(lambda _: self._reshape(client))
+
+    def _reshape(self, client: Any) -> None:
+        """Draw the picture anew if the window has another shape now; where its camera looks does not matter."""
+        self._stale |= self._aspects.get(client.client_id) != client.camera.aspect
 
     def _stop(self) -> None:
         self._stopped = True
         self._status.content = "Stopping: the edit is written as it is now."
 
     def _choose(self) -> None:
-        self._frame, self._for_pictures = self._scrubber.value - 1, Budget(0.02)  # at the very next step
+        self._frame, self._for_pictures = self._scrubber.value - 1, Budget(0.01)  # at the very next step
 
     def _changed(self) -> None:
         self._split.visible, self._stale = self._compare.value == SPLIT, True
@@ -143,14 +154,14 @@ class Watch:
         particles = step.noised.particles
         if not self._begun:
             self._begun = True
-            crops = isinstance(particles, CanvasCrops)
-            kind = "crop" if crops else "frame"
-            numbers = range(len(particles)) if crops else self._keys
-            names = [f"{kind} {number + 1}" for number in numbers]
+            names = [f"frame {number + 1}" for number in self._keys]
+            if isinstance(particles, CanvasCrops):
+                corners = ([self._prior.cell * place for place in corner] for corner in particles.corners)
+                names = [f"crop at {left}, {top} px" for top, left in corners]
             self.observer.begin("edit", names, self._steps, self._prior.decode)
         self.observer.on_step(step)
-        if self._server.get_clients() and self._for_pictures.allows:
-            with self._for_pictures.spending():
+        if self._watched() and self._for_pictures.allows:
+            with self._for_pictures.spending(step.x_0.device):
                 source = self._before[self._keys[self._frame]]
                 latents = particles.canvas if isinstance(particles, CanvasCrops) else particles.render([self._frame])
                 height, width = source.shape[-2:]
@@ -158,32 +169,26 @@ class Watch:
                 self._pictures, self._stale = (_shown(source), _shown(picture)), True
         return self._stopped
 
-    def _work(self) -> None:
-        shown = -1
-        while not self._over:
-            time.sleep(PAUSE)
-            if not self._server.get_clients():
-                continue
-            seen, version = self.observer.seen, self.observer.version
-            if seen.taken and not self._stopped:
-                self._status.content = self._progress(seen)
-            if self._stale:
-                self._stale = False
-                self._show_picture()
-            if version != shown and self._budget.allows:
-                with self._budget.spending():
-                    shown = version
-                    self._panel.show(seen)
+    def _update(self) -> None:
+        """Show what changed since the last time."""
+        if self.observer.seen.taken and not self._stopped:
+            self._status.content = self._progress(self.observer.seen)
+        if self._stale:
+            self._stale = False
+            self._show_picture()
+        if self.observer.version != self._shown_version and self._budget.allows:
+            with self._budget.spending():
+                self._shown_version = self.observer.version
+                self._panel.show(self.observer.seen)
 
     def _progress(self, seen: Observation) -> str:
-        left = (seen.steps - seen.taken) * (time.monotonic() - seen.begun) / seen.taken
-        return f"Step {seen.taken} of {seen.steps} · about {max(round(left), 0)} s left"
+        return f"Step {seen.taken} of {seen.steps} · about {duration(seen.seconds_left)} left"
 
     def _show_picture(self) -> None:
-        if self._pictures is None:
-            return
         before, after = self._pictures
         share = self._split.value if self._compare.value == SPLIT else float(self._compare.value == ORIGINAL)
         picture = side_by_side(before, after, share)
-        for client in self._server.get_clients().values():
+        clients = self._server.get_clients()
+        self._aspects = {number: client.camera.aspect for number, client in clients.items()}
+        for client in clients.values():
             client.scene.set_background_image(_framed(picture, client.camera.aspect), format="jpeg", jpeg_quality=90)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from csd_2d.progress import duration
+
 try:
     import resource
 except ImportError:  # Windows
@@ -47,17 +49,6 @@ def peak_memory_mb(device: torch.device) -> float:
         return psutil.Process().memory_info().peak_wset / 1e6  # type: ignore[attr-defined]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def duration(seconds: float) -> str:
-    """Write a time to the minute.
-
-    Example:
-        >>> duration(20), duration(3700)
-        ('1 min', '1 h 2 min')
-    """
-    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def time_left(rounds: list[Cost], count: int, training: Cost, step: int, steps: int) -> str:

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -103,17 +104,25 @@ class Comparable(Model):
         other, share = compared
         if isinstance(self, SplatfactoModel):
             other.set_background(self.background_color)  # type: ignore[operator]
-        before = other.get_outputs_for_camera(camera, obb_box)
-        if share >= 1:
-            return before
-        now = super().get_outputs_for_camera(camera, obb_box)
-        column = round(share * now["rgb"].shape[1])
-        whole = {name: value for name, value in now.items() if value.shape[:2] != now["rgb"].shape[:2]}
-        return whole | {
-            name: torch.cat([before[name][:, :column], value[:, column:]], 1)
-            for name, value in now.items()
-            if name not in whole
+        column = round(share * int(camera.width))
+        parts = []
+        if column > 0:
+            parts.append(other.get_outputs_for_camera(_columns(camera, 0, column), obb_box))
+        if column < int(camera.width):
+            parts.append(super().get_outputs_for_camera(_columns(camera, column, int(camera.width)), obb_box))
+        size = parts[-1]["rgb"].shape[:2]
+        return parts[-1] | {
+            name: torch.cat([part[name] for part in parts], 1)
+            for name, value in parts[-1].items()
+            if value.shape[:2] == size
         }
+
+
+def _columns(camera: Cameras, begin: int, end: int) -> Cameras:
+    """Return the camera of some columns of another's image, so that both scenes together take as long as one."""
+    part = deepcopy(camera)
+    part.cx, part.width = camera.cx - begin, torch.full_like(camera.width, end - begin)
+    return part
 
 
 @dataclass

@@ -212,8 +212,8 @@ class CsdEditPipeline(VanillaPipeline):
         """The run that edits the scene; None while it is only rendered."""
         self.step = 0
         """Step of the training."""
-        self.over = False
-        """The training has ended."""
+        self.over = self.saved = False
+        """The training has ended; all that is written at the end is."""
         self.training_cost = Cost()
         """Cost of the training steps so far."""
         allowed = IN_DISTILL if config.mode == "distill" else AT_NEXT_STEP + AT_NEXT_ROUND + ACTIONS
@@ -226,8 +226,8 @@ class CsdEditPipeline(VanillaPipeline):
         self.stopped = False
         """The training is to end after the present step."""
         self._due = False
-        self._before_round: dict[str, Tensor] | None = None
-        """The scene before it learned the last round."""
+        self._rounds_saved: int | None = None
+        """Number of the last round that the last checkpoint holds."""
         self.viewer_control = EditViewer(self)
         """Found, and built, by nerfstudio's viewer."""
         self.model.camera_optimizer.requires_grad_(False)
@@ -265,7 +265,7 @@ class CsdEditPipeline(VanillaPipeline):
             edit = dataclasses.replace(edit, steps=run.steps)
         self.steering.settings = dataclasses.replace(self.steering.settings, edit=edit)
         self.steering.record(run.folder / "edit.json", config.replay)
-        if getattr(self.model.config, "stop_split_at", 0):
+        if not self._can_go_back:
             for name in ("undo", "reset"):
                 self.steering.refuse(name, "Gaussians are split in this run, so that their number cannot go back.")
         artifacts = Artifacts(self, views, source, run.scene, masks)
@@ -292,10 +292,28 @@ class CsdEditPipeline(VanillaPipeline):
                 folder=run.folder,
                 load_masks=masks,
                 observer=self.viewer_control.observer,
+                save_scene=self._save_scene if self._can_go_back else None,
             )
         for step in range(run.start):
             self._before_step(step)
+        self._rounds_saved = None if self.rounds is None else self.rounds.last
         return callbacks
+
+    @property
+    def _can_go_back(self) -> bool:
+        return not getattr(self.model.config, "stop_split_at", 0)
+
+    def _save_scene(self, path: Path) -> None:
+        torch.save(self.state_dict(), path)
+
+    def checkpoint_saved(self) -> None:
+        """Delete scenes that undo cannot come back to any more, neither from this checkpoint nor from the one before.
+
+        Two checkpoints are kept.
+        """
+        if self.rounds is not None:
+            self.rounds.forget_scenes(self._rounds_saved or 0)
+            self._rounds_saved = self.rounds.last
 
     def _warn_of_views_left_out(self, views: int) -> None:
         """Warn of rounds that will not reach all views of the scene."""
@@ -341,8 +359,6 @@ class CsdEditPipeline(VanillaPipeline):
             count = len(update.costs) + to_come
             left = time_left(update.costs, count, self.training_cost, step, run.steps) if done else ""
             say(f"{name} is {'done' if done else 'interrupted'}{left}.")
-            if done and not getattr(self.model.config, "stop_split_at", 0):
-                self._before_round = {name: tensor.cpu().clone() for name, tensor in self.state_dict().items()}
         if done:
             self._allow_undo(True)
 
@@ -352,7 +368,7 @@ class CsdEditPipeline(VanillaPipeline):
         return -(-self._run.steps // every) - step // every - 1
 
     def _allow_undo(self, possible: bool) -> None:
-        if not getattr(self.model.config, "stop_split_at", 0):
+        if self._can_go_back:
             self.steering.refuse("undo", None if possible else "only the last round can be undone; reset undoes all.")
 
     def _carry_out(self, step: int) -> None:
@@ -368,17 +384,17 @@ class CsdEditPipeline(VanillaPipeline):
             elif action == "reset":
                 self._reset(past)
             else:
-                self.stopped = not past
+                self.stopped = True
 
     def _undo(self, past: bool) -> None:
         """Give up the round that was begun, or go back to before the last one; see `_before_step` for the past."""
         update = self.rounds
         if update is None or update.give_up():
             return
-        update.undo()
+        scene = update.undo()
         self._allow_undo(False)
-        if not past and self._before_round is not None:
-            self._restore_scene(self._before_round)
+        if not past and scene is not None:
+            self._restore_scene(torch.load(scene, map_location="cpu", weights_only=True))
 
     def _reset(self, past: bool) -> None:
         """Go back to before the first round."""
@@ -397,7 +413,7 @@ class CsdEditPipeline(VanillaPipeline):
 
     def _finish(self, artifacts: Artifacts, step: int) -> None:
         self.over = True
-        self.model.compare(None)  # type: ignore[operator]
+        self.viewer_control.show_edited()
         self.steering.refuse_all("the run is over; edit its scene in a new one, with --load-run.")
         with self._run.lock:
             artifacts.write(
@@ -407,6 +423,9 @@ class CsdEditPipeline(VanillaPipeline):
                 self.config.report,
                 all_views=self.config.mode == "distill",
             )
+        if self.rounds is not None and not self.stopped:  # a run that was stopped can go on
+            self.rounds.forget_scenes(self.rounds.begun)
+        self.saved = True
 
     @contextmanager
     def advising_on_memory(self) -> Iterator[None]:
@@ -497,7 +516,6 @@ class CsdEditPipeline(VanillaPipeline):
             "training_cost": dataclasses.asdict(self.training_cost),
             "scene": self._views.training_state(),
             "distillation": None if self._distillation is None else self._distillation.state_dict(),
-            "before_round": self._before_round,
         }
 
     def load_edit_state(self, state: dict[str, Any]) -> None:
@@ -506,7 +524,6 @@ class CsdEditPipeline(VanillaPipeline):
         self._views.load_training_state(state["scene"])
         if self._distillation is not None:
             self._distillation.load_state_dict(state["distillation"])
-        self._before_round = state["before_round"]
 
     def _prompts(self) -> list[str]:
         """List the prompts of this run, in order, since the scene was last reset."""
@@ -527,7 +544,7 @@ class CsdEditPipeline(VanillaPipeline):
             "prompt": config.prompt,
             "history": [*edits_before(run.scene), *self._prompts()],
             "scene": run.scene,
-            "steps": run.steps,
+            "steps": self.step + 1,
             "seed": run.seed,
             "changes": self.steering.report(),
             "settings": {name: value for name, value in dataclasses.asdict(config).items() if name in names},

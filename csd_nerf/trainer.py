@@ -307,7 +307,9 @@ class EditTrainer(SceneTrainer):
         total = self.config.max_num_iterations
         # nerfstudio prints the last step it timed, which a run that is resumed after its last step does not have.
         writer.GLOBAL_BUFFER.setdefault("step", self._start_step)
-        self.config.max_num_iterations = total - self._start_step  # nerfstudio counts from the step it starts at
+        # nerfstudio counts from the step it starts at. A run that was stopped, and killed before its pictures were
+        # written, has only these to do.
+        self.config.max_num_iterations = 0 if self.pipeline.stopped else total - self._start_step
         try:
             super().train()
         finally:
@@ -376,6 +378,7 @@ class EditTrainer(SceneTrainer):
             for old in sorted(folder.glob("*.ckpt"))[:-2]:  # the one before stays, for a disk that fails
                 old.unlink()
                 old.with_suffix(EDIT_STATE_SUFFIX).unlink(missing_ok=True)
+        self.pipeline.checkpoint_saved()
 
     def _way_back(self) -> str:
         saved = sorted(self.checkpoint_dir.glob("*.ckpt"))

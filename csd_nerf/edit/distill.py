@@ -121,7 +121,7 @@ class Distillation:
         prior = self._load_prior()
         particles = SceneParticles(self._views, self._source, prior, self._parameters)
         names = [self._views.name(index) for index in range(len(self._views))]
-        self._observer.begin("distill", names, self._edit.steps, prior.decode, particles.correspondence)
+        self._observer.begin("distill", names, self._edit.steps, prior.decode)
         edit = self._edit if self._edit.batch else dataclasses.replace(self._edit, batch=min(BATCH, len(particles)))
         return EditLoss(particles, prior, self._prompt, edit, layout=Layout(correspondence=particles.correspondence))
 

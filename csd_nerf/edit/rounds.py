@@ -34,6 +34,9 @@ SMALLEST_CHANGE = 0.01
 """Mean change of the first round's views, within masks, in RGB from 0 to 1, below which a warning is printed."""
 
 
+_SCENE = "scene_before.ckpt"
+
+
 @dataclass(frozen=True)
 class Round:
     """A round that was begun."""
@@ -67,6 +70,8 @@ class DatasetUpdate:
         folder: RUN.
         load_masks: called at the first round; one mask a view, see `edit_images`. None: everything may change.
         observer: looks at every step of an edit.
+        save_scene: writes the scene to a file. It is called at the end of a round, before the scene learns it, and
+            `undo` names the file.
     """
 
     def __init__(
@@ -80,8 +85,10 @@ class DatasetUpdate:
         folder: Path,
         load_masks: Callable[[], list[Tensor]] | None = None,
         observer: Observer | None = None,
+        save_scene: Callable[[Path], object] | None = None,
     ) -> None:
         self._views, self._source, self._load_prior = views, source, load_prior
+        self._save_scene = save_scene
         self._prior: Prior | None = None
         self._steering, self._observer = steering, observer or Observer(lambda: False)
         self._rounds, self._edited = folder / "rounds", folder / "edited"
@@ -102,6 +109,8 @@ class DatasetUpdate:
         """The round that was begun and waits."""
         self.shown: dict[int, int] = {}
         """Number of the round whose edit each view shows; views that show their source are left out."""
+        self.last: int | None = None
+        """Number of the last round that was finished."""
         self._shown_before: dict[int, int] | None = None
         self._answered = ("", 0)
         """The prompt of the last round, and how many views were edited by it."""
@@ -141,7 +150,7 @@ class DatasetUpdate:
         self._answered = (current.settings.prompt, answered + len(current.views))
         for index in current.views:
             self._show(index, current.number)
-        self.interrupted = None
+        self.interrupted, self.last = None, current.number
         return current.views
 
     def _begin(self) -> Round:
@@ -182,12 +191,24 @@ class DatasetUpdate:
         self.interrupted = None
         return True
 
-    def undo(self) -> None:
-        """Let views show what they showed before the last round."""
+    def undo(self) -> Path | None:
+        """Let views show what they showed before the last round.
+
+        Returns:
+            The file with the scene from before that round; None if there is nothing to undo.
+        """
+        if self._shown_before is None or self.last is None:
+            return None
         for index in [*self.shown]:
-            if self._shown_before is not None and self._shown_before.get(index) != self.shown[index]:
+            if self._shown_before.get(index) != self.shown[index]:
                 self._show(index, self._shown_before.get(index))
         self._shown_before, self._answered = None, ("", 0)
+        return self._folder(self.last) / _SCENE
+
+    def forget_scenes(self, rounds: int) -> None:
+        """Delete the scenes from before the first rounds, so many, which nobody will come back to."""
+        for number in range(rounds):
+            (self._folder(number) / _SCENE).unlink(missing_ok=True)
 
     def reset(self) -> None:
         """Let all views show their sources."""
@@ -213,6 +234,8 @@ class DatasetUpdate:
             for index, image in zip(current.views, edited, strict=True):
                 write_image(image, unfinished / f"{self._views.name(index)}.png")
             record = {"views": current.views, "data": self._data, "cost": cost.rounded()}
+            if self._save_scene is not None:
+                self._save_scene(unfinished / _SCENE)
             (unfinished / "round.json").write_text(json.dumps(record), encoding="utf-8")
         return True
 
@@ -230,7 +253,7 @@ class DatasetUpdate:
         sources = continued(self._source(index) for index in drawn)
         names = [self._views.name(index) for index in drawn]
         images = list(zip(sources, start, strict=True))
-        self._observer.begin(label, names, config.steps, self._prior.decode, find, images)
+        self._observer.begin(label, names, config.steps, self._prior.decode, images)
         edited = edit_images(
             sources,
             self._prior,
@@ -244,6 +267,7 @@ class DatasetUpdate:
             before_step=partial(self._steer, current, training_step),
             on_step=self._observer.on_step,
         )
+        self._observer.end()
         if current.number == 0 and (masks is None or any(bool(mask.any()) for mask in masks)):
             self._warn_of_no_change(change(start, edited, masks))
         whole = (joined(image, margin) for image, margin in zip(edited, margins, strict=True))

@@ -125,16 +125,20 @@ class Steering:
     def record(self, path: Path, replay: Path | None = None) -> None:
         """Keep changes in a file, whose changes, or those of an earlier run, take effect again at their points.
 
+        A run that was stopped, and whose report was written, goes on: the stop is over.
+
         Raises:
             FileNotFoundError, ValueError: as `read_changes` raises, or if this run cannot follow the changes.
         """
         if path.is_file() or replay is not None:
             self.changes = read_changes(path if path.is_file() or replay is None else replay)
+        if path.is_file() and "history" in json.loads(path.read_text(encoding="utf-8")):
+            self.changes = [change for change in self.changes if change.name != "stop"]
         self._path = path
         expected = self.settings
         for change in self.changes:
             expected = self._checked(expected, change.name, change.value)
-        if self.changes:
+        if self.changes or path.is_file():
             self._write()
 
     def _checked(self, settings: Settings, name: str, value: Any) -> Settings:

@@ -18,6 +18,13 @@ def test_the_port_may_be_left_out():
     assert _with_port(["--watch", "9000"]) == ["--watch", "9000"] and _with_port(["--watch"]) == ["--watch", "8080"]
 
 
+def test_what_is_no_port_is_refused(tmp_path):
+    write_image(torch.rand(3, 24, 96), tmp_path / "in.png")
+    command = ["panorama", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--prompt", "make it night"]
+    with pytest.raises(SystemExit, match="--watch takes a port from 1 to 65535, got 99999"):
+        main([*command, "--prior", "analytic", "--watch", "99999"])
+
+
 @pytest.mark.slow
 def test_a_page_shows_the_edit_and_ends_it(tmp_path, monkeypatch):
     write_image(torch.rand(3, 24, 96), tmp_path / "in.png")

@@ -1,6 +1,7 @@
 """Runs that are steered while they run, repeated and resumed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,18 @@ def test_recorded_changes_come_back_at_their_points_among_new_ones(tmp_path):
     steered.ask("stop")
     steered.take_over(5)
     assert [change.name for change in read_changes(tmp_path / "edit.json")] == ["prompt", "steps", "undo", "stop"]
+
+
+def test_a_stop_is_over_once_the_report_is_written(tmp_path):
+    changes = [vars(Change(name, None, 4)) for name in ("pause", "stop")]
+    for report, left in (({}, ["pause", "stop"]), ({"history": []}, ["pause"])):
+        (tmp_path / "edit.json").write_text(json.dumps({"changes": changes} | report))
+        steered = steering()
+        steered.record(tmp_path / "edit.json")
+        assert [change.name for change in read_changes(tmp_path / "edit.json")] == left
+    steered = steering()
+    steered.record(tmp_path / "another.json", replay=written(tmp_path / "old.json", *(Change("stop", None, 4),)))
+    assert [change.name for change in steered.changes] == ["stop"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"changes": [{"name": "prompt"}]}', '{"history": []}'])
@@ -211,10 +224,24 @@ def test_a_run_steered_by_hand_is_repeated_by_one_option(steered_by_hand, tmp_pa
 
 
 def test_a_run_that_was_stopped_can_go_on(steered_by_hand):
+    """But not before what is written at its end is there: the kill may have come in between."""
     path = steered_by_hand / "config.yml"
     assert "max_num_iterations: 8" in path.read_text()
+    report = json.loads((steered_by_hand / "edit.json").read_text())
+    assert report["steps"] == 6 and (steered_by_hand / "rounds" / "001" / "scene_before.ckpt").is_file()
+
+    (steered_by_hand / "edit.json").write_text(json.dumps({"changes": report["changes"]}))
+    shutil.rmtree(steered_by_hand / "before_after")
+    resume(steered_by_hand)
+    again = json.loads((steered_by_hand / "edit.json").read_text())
+    assert again["changes"] == report["changes"] and again["steps"] == 6
+    assert list(steered_by_hand.glob("before_after/*"))
+
     resume(steered_by_hand)
     assert (steered_by_hand / "nerfstudio_models" / "step-000000007.ckpt").is_file()
+    finished = json.loads((steered_by_hand / "edit.json").read_text())
+    assert finished["changes"] == report["changes"][:-1] and finished["steps"] == 8
+    assert not list(steered_by_hand.glob("rounds/*/scene_before.ckpt"))
 
 
 def test_reset_brings_back_the_scene_bit_for_bit(scene_run, tmp_path):

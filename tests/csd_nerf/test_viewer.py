@@ -3,13 +3,19 @@
 import base64
 import io
 import json
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from nerfstudio.scripts.viewer import run_viewer
+from nerfstudio.utils.eval_utils import eval_setup
+from nerfstudio.viewer.control_panel import ControlPanel
 from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from nerfstudio.viewer_legacy.server.viewer_utils import get_free_port
 from PIL import Image
@@ -20,6 +26,10 @@ from csd_nerf.pipeline import CsdEditPipeline
 from csd_nerf.viewer import parsed
 from tests.browser import PATIENCE, browser, until
 from tests.csd_nerf.conftest import train_in_process
+from tests.csd_nerf.test_training import edit_in_process
+
+RESOLUTION = 64
+"""Largest side of what the viewer draws: more takes minutes on a CPU, and training waits for it."""
 
 
 class Visitor(threading.Thread):
@@ -28,6 +38,8 @@ class Visitor(threading.Thread):
     def __init__(self, visit: Callable[["Visitor"], None]) -> None:
         super().__init__(daemon=True)
         self._visit = visit
+        self.page: Any = None
+        self.port = get_free_port()
         self.error: BaseException | None = None
         self.pipeline: Any = None
         self.rendered = 0
@@ -49,6 +61,11 @@ class Visitor(threading.Thread):
     def fill(self, label: str, text: str) -> None:
         """Type into the field beside a label."""
         self.page.get_by_text(label, exact=True).locator("xpath=following::input[1]").fill(text)
+
+    def choose(self, label: str, option: str) -> None:
+        """Choose from the list beside a label."""
+        self.page.get_by_text(label, exact=True).locator("xpath=following::input[1]").click()
+        self.page.get_by_role("option", name=option, exact=True).click()
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name, exact=True).click()
@@ -82,9 +99,9 @@ def visited(visit: Callable[[Visitor], None], monkeypatch: pytest.MonkeyPatch, *
         rounds = visitor.pipeline.rounds
         visitor.rendered += rounds.interrupted is not None and not visitor.pipeline.paused
 
+    monkeypatch.setattr(ControlPanel, "max_res", RESOLUTION)
     monkeypatch.setattr(CsdEditPipeline, "begin_edit", begun)
     monkeypatch.setattr(RenderStateMachine, "_send_output_to_viewer", sent)
-    visitor.port = get_free_port()
     visitor.start()
     run = train_in_process("csd-edit-tiny", vis="viewer", viewer__websocket_port=visitor.port, **options)
     visitor.join(PATIENCE)
@@ -93,10 +110,16 @@ def visited(visit: Callable[[Visitor], None], monkeypatch: pytest.MonkeyPatch, *
     return run, visitor
 
 
+@pytest.fixture(scope="module")
+def edit_run(scene_run, tmp_path_factory):
+    return edit_in_process(tmp_path_factory.mktemp("edit"), load_run=scene_run, pipeline__film_frames=0)
+
+
 def look_and_steer(visitor: Visitor) -> None:
     pipeline = visitor.pipeline
     with browser() as chromium:
-        page = visitor.page = chromium.new_page(viewport={"width": 1280, "height": 900})
+        page = visitor.page = chromium.new_page(viewport={"width": 900, "height": 640})
+        pipeline.viewer_control.viewer.control_panel._max_res.value = 64  # a CPU draws the scene and the page
         page.goto(f"http://localhost:{visitor.port}", timeout=1000 * PATIENCE)
         visitor.says("Round 1")
 
@@ -106,7 +129,7 @@ def look_and_steer(visitor: Visitor) -> None:
         visitor.tab("Charts")
         assert visitor.pixels("heat map").std() > 20
         until(lambda: visitor.rendered >= 2, "the scene is drawn during a round")
-        scene = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))[100:800, :900]
+        scene = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))[80:560, :520]
         assert scene.std() > 10
 
         # A second browser comes, and goes without a word.
@@ -125,7 +148,8 @@ def look_and_steer(visitor: Visitor) -> None:
 
         visitor.fill("Text guidance", "-1")
         visitor.click("Apply")
-        visitor.says("Refused: guidance_scale must be from 0 to 1000, got -1")
+        visitor.says("Refused: text guidance must be from 0 to 1000, got -1")
+        assert page.locator(".mantine-Notification-root", has_text="from 0 to 1000").count()
         visitor.fill("Prompt", "make it better")
         visitor.click("Edit now")
         visitor.says("Refused: ")
@@ -152,20 +176,17 @@ def look_and_steer(visitor: Visitor) -> None:
 
         # Any camera: photograph, edit and render side by side; the viewer's camera is exactly the training camera.
         visitor.tab("Views")
-        page.get_by_text("Camera", exact=True).locator("xpath=following::input[1]").click()
-        page.get_by_role("option").nth(2).click()
         name = pipeline.viewer_control._names[1]
+        visitor.choose("Camera", name)
         assert visitor.pixels(f"view {name}").std() > 20
         visitor.click("Jump to it")
         (client,) = pipeline.viewer_control.viser_server.get_clients().values()
         wanted = pipeline.datamanager.train_dataset.cameras[1].camera_to_worlds[:, 3].numpy() * 10
         until(lambda: np.abs(client.camera.position - wanted).max() < 1e-3, "the jump")
 
-        page.get_by_text("Show", exact=True).locator("xpath=following::input[1]").click()
-        page.get_by_role("option", name="original | edited").click()
+        visitor.choose("Show", "original | edited")
         until(lambda: pipeline.model._compared is not None, "the original scene beside the edited one")
-        page.get_by_text("Show", exact=True).locator("xpath=following::input[1]").click()
-        page.get_by_role("option", name="edited", exact=True).click()  # two scenes take long to render on a CPU
+        visitor.choose("Show", "edited")
 
         visitor.tab("Edit")
         visitor.click("Reset scene")
@@ -186,11 +207,88 @@ def test_a_visitor_sees_what_the_edit_does_and_steers_it(scene_run, tmp_path, mo
         pipeline__edit=EditConfig(steps=2000),
         pipeline__steps_per_round=100_000,
         pipeline__film_frames=0,
+        pipeline__report=False,
     )
     report = json.loads((run / "edit.json").read_text())
     names = [change["name"] for change in report["changes"]]
     assert names == ["pause", "undo", "steps", "edit_now", "prompt", "edit_now", "undo", "reset", "stop"]
     assert report["changes"][0]["edit_step"] is not None and list(run.glob("nerfstudio_models/*.ckpt"))
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_reopened_read_only(edit_run, monkeypatch):
+    """As `ns-viewer --load-config` does."""
+
+    def load(*args: Any, **options: Any) -> None:
+        raise AssertionError("a diffusion model was loaded")
+
+    monkeypatch.setattr("csd_nerf.pipeline.load_prior", load)
+    over, visitor = threading.Event(), Visitor(lambda _: None)
+
+    def sleep(seconds: float) -> None:
+        if over.wait(seconds):
+            raise SystemExit
+
+    drawn: list[float] = []
+    """Mean brightness of the pictures of the scene."""
+    send = RenderStateMachine._send_output_to_viewer
+
+    def sent(self: RenderStateMachine, outputs: Any, *args: Any, **kwargs: Any) -> None:
+        send(self, outputs, *args, **kwargs)
+        drawn.append(outputs["rgb"].mean().item())
+
+    monkeypatch.setattr(RenderStateMachine, "_send_output_to_viewer", sent)
+    monkeypatch.setattr(ControlPanel, "max_res", RESOLUTION)
+    monkeypatch.setattr(run_viewer, "time", SimpleNamespace(sleep=sleep))
+    settings = run_viewer.ViewerConfigWithoutNumRays(websocket_port=visitor.port, websocket_host="127.0.0.1")
+    viewer = run_viewer.RunViewer(load_config=edit_run / "config.yml", viewer=settings)
+    serving = threading.Thread(target=viewer.main, daemon=True)
+    serving.start()
+    with browser() as chromium:
+        page = visitor.page = chromium.new_page(viewport={"width": 1280, "height": 900})
+        until(lambda: not socket.socket().connect_ex(("127.0.0.1", visitor.port)), "the page is served")
+        page.goto(f"http://localhost:{visitor.port}")
+        visitor.says("Edited scene")
+        visitor.says("make it night")
+        assert not page.get_by_role("button", name="Edit now").count()
+        visitor.tab("Images")
+        assert visitor.pixels("images").std() > 20
+        visitor.tab("Charts")
+        assert visitor.pixels("seconds per stage").std() > 20
+
+        visitor.tab("Views")
+        edited = until(lambda: drawn and drawn[-1], "the edited scene")
+        visitor.choose("Show", "original")
+        until(lambda: abs(drawn[-1] - edited) > 0.01, "the original scene, which is of another brightness")
+        visitor.choose("Show", "edited")
+        until(lambda: abs(drawn[-1] - edited) < 0.005, "the edited scene again")
+    over.set()
+    serving.join(PATIENCE)
+
+
+def test_two_scenes_side_by_side_are_drawn_as_each_alone(edit_run, scene_run):
+    edited: Any
+    edited, original = (eval_setup(run / "config.yml")[1] for run in (edit_run, scene_run))
+    camera = edited.datamanager.train_dataset.cameras[:1]
+    alone = [pipeline.model.eval().get_outputs_for_camera(camera)["rgb"] for pipeline in (original, edited)]
+    seen: dict[float, torch.Tensor] = {}
+
+    class Drawing(RenderStateMachine):  # only the viewer's threads see both
+        def __init__(self) -> None:
+            threading.Thread.__init__(self)
+
+        def run(self) -> None:
+            for share in (0.0, 0.3, 1.0):
+                edited.model.compare(original.model, share)
+                seen[share] = edited.model.get_outputs_for_camera(camera)["rgb"]
+
+    drawing = Drawing()
+    drawing.start()
+    drawing.join()
+    for share, image in seen.items():
+        column = round(share * image.shape[1])
+        torch.testing.assert_close(image, torch.cat([alone[0][:, :column], alone[1][:, column:]], 1))
+    assert len(seen) == 3 and not torch.allclose(alone[0], alone[1], atol=0.05)
 
 
 def test_what_is_typed_is_read_or_refused():
