@@ -1,12 +1,13 @@
-"""What a run says: our own lines, errors in one sentence, and silence of what nerfstudio prints."""
+"""What a run says: our own lines, errors in one sentence, options in order, and nothing of what nerfstudio prints."""
 
 import os
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from nerfstudio.utils import rich_utils
@@ -26,6 +27,28 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line in yellow."""
     _CONSOLE.print(text, style="yellow")
+
+
+def first(*names: str) -> Callable[[type], type]:
+    """Make a class decorator that puts some fields of a dataclass first, which is the order of `--help`.
+
+    Example:
+        >>> import dataclasses
+        >>> @first("b")
+        ... @dataclasses.dataclass
+        ... class Config:
+        ...     a: int = 0
+        ...     b: int = 1
+        >>> [field.name for field in dataclasses.fields(Config)]
+        ['b', 'a']
+    """
+
+    def reordered(cls: Any) -> Any:
+        known = cls.__dataclass_fields__
+        cls.__dataclass_fields__ = {name: known[name] for name in (*names, *(n for n in known if n not in names))}
+        return cls
+
+    return reordered
 
 
 class Progress:

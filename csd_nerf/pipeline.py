@@ -24,7 +24,7 @@ from csd_2d.config import EditConfig
 from csd_2d.prior import Prior
 from csd_2d.priors.loading import check_prior, load_prior
 from csd_nerf.artifacts import Artifacts, edits_before
-from csd_nerf.console import say, warn
+from csd_nerf.console import first, say, warn
 from csd_nerf.cost import Cost, time_left
 from csd_nerf.edit.distill import Distillation, cost_of_distilling
 from csd_nerf.edit.masks import SCENE, Box, Coordinates, Sphere, masks_from_folder, masks_of_solid
@@ -47,6 +47,7 @@ from csd_nerf.views import training_views
 from csd_nerf.views.base import TrainingViews, initial_pictures
 
 
+@first("edit")
 @dataclass
 class CsdEditPipelineConfig(VanillaPipelineConfig):
     """Settings of the edit of a scene."""

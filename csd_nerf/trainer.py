@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from csd_2d.errors import NonFiniteError
 from csd_2d.io.files import UNFINISHED
 from csd_nerf.artifacts import results
 from csd_nerf.capture import check_images
-from csd_nerf.console import Progress, quiet_nerfstudio, say, told
+from csd_nerf.console import Progress, first, quiet_nerfstudio, say, told
 from csd_nerf.edit.resume import EDIT_STATE_SUFFIX, latest_whole_checkpoint, random_state, set_random_state
 from csd_nerf.pipeline import INITIAL_PICTURES, CsdEditPipeline, CsdEditPipelineConfig, Run
 from csd_nerf.settle import settle_edit, settle_scene
@@ -34,27 +34,6 @@ OPEN_TO_ALL, ONLY_HERE = ViewerConfig().websocket_host, "127.0.0.1"
 """Addresses that a viewer listens at: nerfstudio's default, and ours."""
 FIRST_FILES = ("config.yml", "edit.json", "dataparser_transforms.json")
 """Files that a run writes before it saves anything."""
-
-
-def first(*names: str) -> Callable[[type], type]:
-    """Make a class decorator that puts some fields of a dataclass first, which is the order of `--help`.
-
-    Example:
-        >>> @first("b")
-        ... @dataclass
-        ... class Config:
-        ...     a: int = 0
-        ...     b: int = 1
-        >>> [field.name for field in dataclasses.fields(Config)]
-        ['b', 'a']
-    """
-
-    def reordered(cls: Any) -> Any:
-        known = cls.__dataclass_fields__
-        cls.__dataclass_fields__ = {name: known[name] for name in (*names, *(n for n in known if n not in names))}
-        return cls
-
-    return reordered
 
 
 @first("data", "max_num_iterations", "output_dir", "experiment_name", "vis", "verbose", "pipeline")
