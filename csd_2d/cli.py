@@ -471,7 +471,7 @@ class Eval:
         write_report(evaluation, subject, self.output, title, settings | {"device": device})
         print(terminal_table(evaluation))
         if evaluation.value("change") == 0:
-            print("csd: the edit changes nothing: BEFORE and AFTER are alike.", file=sys.stderr)
+            _say("the edit changes nothing: BEFORE and AFTER are alike.")
         return str(self.output / "report.html")
 
     def _subject(self, device: str) -> "Subject":

@@ -1,4 +1,8 @@
-"""The Hugging Face hub: whether it can be reached, and errors in one sentence."""
+"""Where weights come from: whether the Hugging Face hub can be reached, and torch.hub's cache."""
+
+from pathlib import Path
+
+import torch
 
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub's answer."""
@@ -17,6 +21,11 @@ def hub_refusal(model: str) -> Exception | None:
     except Exception as error:  # no network, a proxy's answer, an unknown or gated model: what is left is the cache
         return error
     return None
+
+
+def in_torch_cache(file: str) -> Path:
+    """Return where torch.hub keeps a file of weights, be it there or not: in hub/checkpoints below TORCH_HOME."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
 def reason(error: BaseException) -> str:

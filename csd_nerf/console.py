@@ -119,7 +119,7 @@ def _is_told(error: Exception) -> bool:
     if isinstance(error, OSError | NonFiniteError | torch.OutOfMemoryError):
         return True
     raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return isinstance(error, ValueError | ImportError) and raised_in.startswith(("csd_2d.", "csd_nerf.", "tests."))
+    return isinstance(error, ValueError | ImportError) and raised_in.startswith(("csd_2d.", "csd_nerf."))
 
 
 def _reported(error: Exception) -> str:

@@ -51,17 +51,28 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def time_left(rounds: list[Cost], count: int, training: Cost, step: int, steps: int) -> str:
-    """Estimate how long a run will still take, as a clause for a message.
+def seconds_left(rounds: list[Cost], to_come: int, training: Cost, step: int, steps: int) -> float:
+    """Estimate how many seconds a run will still take.
 
     nerfstudio's own estimate is the mean of the last few steps, and does not know of rounds.
 
     Args:
-        rounds: costs of the rounds so far.
-        count: number of rounds in all.
+        rounds: costs of the rounds so far; without any it is not known how long those to come will take.
+        to_come: number of rounds to come.
         training: cost of the training steps so far.
         step: number of these.
         steps: number of steps in all.
+    """
+    mean = sum(cost.seconds for cost in rounds) / max(len(rounds), 1)
+    return to_come * mean + (steps - step) * training.seconds / max(step, 1)
+
+
+def time_left(rounds: list[Cost], count: int, training: Cost, step: int, steps: int) -> str:
+    """Estimate how long a run will still take, as a clause for a message.
+
+    Args:
+        count: number of rounds in all.
+        rounds, training, step, steps: see `seconds_left`.
 
     Example:
         >>> time_left([Cost(600.0)] * 2, 10, Cost(100.0), 1000, 5000)
@@ -69,9 +80,7 @@ def time_left(rounds: list[Cost], count: int, training: Cost, step: int, steps: 
         >>> time_left([Cost(600.0)], 10, Cost(), 0, 5000)
         '; about 1 h 30 min left, and the training between the rounds'
     """
-    seconds = (count - len(rounds)) * sum(cost.seconds for cost in rounds) / len(rounds)
-    seconds += (steps - step) * training.seconds / max(step, 1)
-    time = duration(seconds)
+    time = duration(seconds_left(rounds, count - len(rounds), training, step, steps))
     if count == len(rounds) and not step:
         return ""
     return f"; about {time} left" + ("" if step else ", and the training between the rounds")

@@ -21,7 +21,7 @@ from nerfstudio.utils.external import TCNN_EXISTS
 
 from csd_nerf.models import SceneModelConfig, SplatModelConfig
 from csd_nerf.pipeline import CsdEditPipelineConfig
-from csd_nerf.trainer import EditTrainerConfig, SceneTrainerConfig
+from csd_nerf.trainer import ONLY_HERE, EditTrainerConfig, SceneTrainerConfig
 
 
 def _allow_numpy_scalars() -> None:
@@ -93,7 +93,7 @@ def _tiny_model(**options: Any) -> SceneModelConfig:
 
 
 def _viewer(quit_when_done: bool) -> ViewerConfig:
-    return ViewerConfig(websocket_host="127.0.0.1", quit_on_train_completion=quit_when_done)
+    return ViewerConfig(websocket_host=ONLY_HERE, quit_on_train_completion=quit_when_done)
 
 
 def _logging() -> LoggingConfig:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from torch import Tensor, nn
 
+from csd_2d.hub import in_torch_cache
 from csd_nerf.source_run import SceneKind
 
 _SET_BY_EDIT = frozenset({"_target", "prompt", "download_lpips", "eval_num_rays_per_chunk", "camera_optimizer"})
@@ -228,8 +228,7 @@ class _NotMeasured(nn.Module):
 
 
 def _alexnet_is_cached() -> bool:
-    name = torchvision.models.AlexNet_Weights.DEFAULT.url.rpartition("/")[2]
-    return (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
+    return in_torch_cache(torchvision.models.AlexNet_Weights.DEFAULT.url.rpartition("/")[2]).is_file()
 
 
 @contextmanager

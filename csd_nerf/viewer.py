@@ -31,7 +31,7 @@ from csd_2d.panel import (
 from csd_2d.progress import duration
 from csd_nerf.artifacts import render
 from csd_nerf.console import say
-from csd_nerf.cost import peak_memory_mb
+from csd_nerf.cost import peak_memory_mb, seconds_left
 from csd_nerf.edit.selection import farthest_points
 from csd_nerf.source_run import read_checkpoint
 from csd_nerf.views.base import view_name
@@ -56,7 +56,7 @@ FIELDS = {
 HINTS = {
     "guidance_scale": "Higher follows the sentence more closely. From the next step. Empty: the model's own.",
     "image_guidance_scale": "Higher keeps more of the image. From the next step. Empty: the model's own.",
-    "lr": "How far a step moves the images. From the next step. Empty: 8 / steps.",
+    "lr": "How far a step moves the images. From the next step. Empty: it follows from the steps.",
     "steps": "From the next round.",
     "views_per_round": "0 takes all of them. From the next round.",
 }
@@ -454,16 +454,14 @@ class EditViewer(ViewerControl):
             return f"**The run is over.** It is in {run.folder}; its scene can be edited again with --load-run."
         step = pipeline.step
         where = f"**Learning**, step {step + 1} of {run.steps}"
-        seconds = (run.steps - step) * pipeline.training_cost.seconds / max(step, 1)
+        costs = [] if update is None else update.costs
+        seconds = seconds_left(costs, pipeline.rounds_to_come(step), pipeline.training_cost, step, run.steps)
         if update is not None and update.interrupted is not None:
             seen, number = self.observer.seen, update.interrupted.number + 1
             where = f"**Round {number} of {number + pipeline.rounds_to_come(step)}**, "
             running = self.observer.running
             where += f"step {seen.taken} of {seen.steps}" if running else "rendering and encoding its views"
             seconds += seen.seconds_left if running else 0
-        if update is not None and update.costs:
-            mean = sum(cost.seconds for cost in update.costs) / len(update.costs)
-            seconds += pipeline.rounds_to_come(step) * mean
         paused = " · **paused**, the scene goes on learning" if pipeline.paused else ""
         memory = peak_memory_mb(torch.device(pipeline.device)) / 1000
         left = duration(seconds) + (" left" if step else " left, and the training after it")

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from csd_2d.correspondence import Correspondence
 from csd_2d.errors import EditWarning
+from csd_2d.hub import in_torch_cache
 from csd_2d.latents import TensorFile
 
 Pair = tuple[int, int]
@@ -90,7 +90,7 @@ RAFT = {"raft_large": "raft_large_C_T_SKHT_V2-ff5fadd5.pth", "raft_small": "raft
 def _raft(device: str) -> nn.Module | None:
     """Load torchvision's RAFT, preferably the large one; None if the weights of neither are here."""
     for name, file in RAFT.items():
-        path = Path(torch.hub.get_dir()) / "checkpoints" / file
+        path = in_torch_cache(file)
         if path.is_file() and find_spec("torchvision") is not None:
             from torchvision.models import optical_flow as models
 

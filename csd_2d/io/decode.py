@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from csd_2d.io import hdr
+from csd_2d.io.images import scaled
 
 # Codes of ITU-T H.273, which PyAV has no names for everywhere.
 BT709, UNSPECIFIED = 1, 2
@@ -290,8 +291,6 @@ def to_tensor(frame: av.VideoFrame, seen: Looks) -> Float[Tensor, "3 H W"]:
     codes = frame.to_ndarray(format="rgb48le" if deep else "rgb24", src_colorspace=matrix)
     codes = np.ascontiguousarray(Orientation.of(frame).apply(codes))
     if seen.convert is None:
-        return torch.from_numpy(codes.astype(np.float32) if deep else codes).permute(2, 0, 1).float() / (
-            65535 if deep else 255
-        )
+        return torch.from_numpy(scaled(codes)).permute(2, 0, 1)
     codes = codes if deep else codes.astype(np.uint16) * 257
     return hdr.to_standard(codes, *seen.convert)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import av
-import numpy as np
 from av.codec.codec import UnknownCodecError
 from av.container import OutputContainer
 from av.error import FFmpegError
@@ -297,11 +296,8 @@ class _Encoding(NamedTuple):
         return cls("libvpx-vp9" if vp9 else "libx264", f"yuv{sampling}p", 8)
 
     def frame(self, image: Float[Tensor, "3 H W"]) -> av.VideoFrame:
-        if self.bits == 8:
-            picture = av.VideoFrame.from_ndarray(to_array(image), format="rgb24")
-        else:
-            codes = (image.clamp(0, 1) * 65535).round().permute(1, 2, 0).cpu().numpy().astype(np.uint16)
-            picture = av.VideoFrame.from_ndarray(codes, format="rgb48le")
+        deep = self.bits > 8
+        picture = av.VideoFrame.from_ndarray(to_array(image, deep), format="rgb48le" if deep else "rgb24")
         return picture.reformat(format=self.pixels, dst_colorspace="ITU709")
 
 

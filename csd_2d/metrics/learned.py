@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from csd_2d.hub import HUB_TIMEOUT, hub_refusal, reason
+from csd_2d.hub import HUB_TIMEOUT, hub_refusal, in_torch_cache, reason
 
 CLIP_MODELS = {
     "paper": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
@@ -265,7 +265,7 @@ def _weights(network: str, local_files_only: bool) -> dict[str, Tensor]:
     """
     if find_spec("torchvision") is None:
         raise ImportError('the metric needs torchvision: pip install "csd-edit[metrics]".')
-    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS[network]
+    path = in_torch_cache(WEIGHTS[network])
     url = f"https://download.pytorch.org/models/{path.name}"
     absent = f"{path.name} is not in torch.hub's cache, {path.parent}"
     if not path.is_file():
